@@ -1,0 +1,381 @@
+"""The types that every part of the library shares.
+
+An experiment is a tuple of phases. A phase may sweep over the data first, then trains. A training step is a pure
+function of arrays, and a `Method` says what its networks learn from. Nothing here imports jax, so that the data
+pipeline and its worker processes can use these types too.
+
+Shapes: B, H, W, C are batch, height, width and classes. Images are `[B, H, W, 3]`, labels `[B, H, W]`; for
+classification labels are `[B]` and everything else is the same.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    from jaxssl.state import TrainState
+
+IGNORE_LABEL = 255
+"""The label of a pixel (or image) that no loss and no metric counts."""
+
+Params: TypeAlias = Any
+"""A tree of parameter arrays; its top-level key "backbone" holds everything that is not the head."""
+
+Stats: TypeAlias = Any
+"""A tree of BatchNorm running statistics."""
+
+Batch: TypeAlias = Mapping[str, Mapping[str, "jax.Array"]]
+"""Stream name -> arrays of one global batch.
+
+`image` uint8 `[B,H,W,3]`; `valid` bool `[B,H,W]`, False where a crop was padded (absent for classification); `label`
+uint8 `[B,H,W]` where the stream has labels; `confidence` float32 `[B,H,W]` in [0,1] where they are pseudo-labels;
+`index` int32 `[B]`, the image's position in the sorted ids of its stream.
+"""
+
+Metrics: TypeAlias = Mapping[str, tuple["jax.Array", "jax.Array"]]
+"""Name -> (sum, count): the value over several steps is the sum of sums over the sum of counts."""
+
+
+class UserError(Exception):
+    """A mistake that its reader can mend; shown as one message without a traceback, exit code 2.
+
+    The message says what is wrong, where, and what to do.
+    """
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What the labels of a data set mean.
+
+    Attributes:
+      classes: names; position = label.
+      palette: one RGB color per class, each 0 to 255.
+      task: "segmentation" (a label per pixel) or "classification" (a label per image).
+    """
+
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    task: Literal["segmentation", "classification"] = "segmentation"
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return len(self.classes)
+
+
+class Record(TypedDict, total=False):
+    """One image as a `Source` gives it.
+
+    `image` uint8 `[h,w,3]`; `label` uint8 `[h,w]` (or a class id), 255 = ignore, only where asked for; `id` unique
+    within the source.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    id: str
+
+
+class Source(Protocol):
+    """Random access to images and labels on disk, in an archive, or in memory. Cheap to pickle.
+
+    `ids` are sorted. A source made without labels never opens a label file.
+    """
+
+    info: DataInfo
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+# ----------------------------------------------------------------------------------------------- networks
+
+
+class Outputs(NamedTuple):
+    """What a network computes from a batch of images.
+
+    Attributes:
+      logits: float32 `[B,h,w,C]` at the head's stride (`[B,C]` for classification).
+      features: `[B,h,w,D]`, the input of the classifier.
+      embedding: `[B,h,w,E]`, a representation head's output, where the network has one.
+      auxiliary: float32 `[B,h',w',C]`, logits of an auxiliary head, where the network has one and statistics of
+        the batch are in use (it serves training only).
+    """
+
+    logits: jax.Array
+    features: jax.Array | None = None
+    embedding: jax.Array | None = None
+    auxiliary: jax.Array | None = None
+
+
+class Variables(NamedTuple):
+    """Everything that `Network.apply` needs of one network."""
+
+    params: Params
+    stats: Stats
+
+
+class Network(Protocol):
+    """An architecture with its preprocessing; holds no arrays."""
+
+    def init(self, key: jax.Array, size: tuple[int, int]) -> Variables:
+        """Draws parameters for images of `size` (height, width)."""
+        ...
+
+    def apply(
+        self,
+        params: Params,
+        stats: Stats,
+        image: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        batch_stats: bool,
+        key: jax.Array | None = None,
+    ) -> tuple[Outputs, Stats]:
+        """Runs the network.
+
+        Args:
+          params: as made by `init`.
+          stats: running statistics.
+          image: uint8 or float `[B,H,W,3]` in [0,255].
+          valid: bool `[B,H,W]`; where False the network sees its own mean color.
+          batch_stats: True normalizes with the batch's statistics and returns updated running ones, False
+            normalizes with `stats` and returns them unchanged.
+          key: turns on dropout and stochastic depth.
+        """
+        ...
+
+    def classifier(self, params: Params) -> tuple[jax.Array, jax.Array]:
+        """The last 1x1 convolution, as kernel `[D,C]` and bias `[C]`; UserError where there is none."""
+        ...
+
+    def resize(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """Bilinear `[B,h,w,C]` -> `[B,*size,C]` by the network's own align_corners convention."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------- phases
+
+
+class Weights(NamedTuple):
+    """Names weights of an earlier phase: the network as it was at the phase's `last` or `best` step.
+
+    `network` is a student ("a") or the teacher of one ("teacher_a").
+    """
+
+    phase: str
+    network: str
+    which: Literal["last", "best"] = "last"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """An endless, shuffled sequence of batches; a batch holds it under `name`.
+
+    Attributes:
+      name: "labeled" or "unlabeled": which images.
+      batch: images in the global batch.
+      labels: "truth"; None, and no label file is opened; or the name of the labeling sweep whose result to read.
+      part: the share of the images to use, as (begin, end) of their seeded order: difference maximized sampling.
+      augment: settings of the host's augmentation that this stream changes, such as `{"scale": (0.4, 2.5)}`.
+    """
+
+    name: str
+    batch: int
+    labels: str | None = "truth"
+    part: tuple[float, float] = (0.0, 1.0)
+    augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Sweep(Protocol):
+    """One pass over a set of images before a phase trains: counting, labeling, making prototypes.
+
+    Attributes:
+      name: of the sweep; unique in its phase.
+      source: "labeled" or "unlabeled": the images to pass over, whole and in order.
+      networks: the networks that `update` sees, by the name it uses for them.
+    """
+
+    name: str
+    source: str
+    networks: Mapping[str, Weights]
+
+    def init(self, results: Mapping[str, Any]) -> Any:
+        """The carry to start from, given the final carries of the phase's earlier sweeps."""
+        ...
+
+    def update(
+        self, nets: Mapping[str, Network], networks: Mapping[str, Variables], carry: Any, batch: Mapping[str, jax.Array]
+    ) -> tuple[Any, Mapping[str, jax.Array]]:
+        """Pure: the next carry, and arrays to store per image (`label`, `confidence`), or none."""
+        ...
+
+    def finish(self, carry: Any, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The method's `extra` as the phase starts with it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training in which one set of networks learns from one set of streams.
+
+    Attributes:
+      name: unique in the run; the method's `loss` looks at it.
+      steps: optimizer updates.
+      train: students that learn. The others stay as they are.
+      streams: what a batch holds.
+      start: networks that begin with weights of an earlier phase. The others go on as they are.
+      reinitialize: students that begin from new random or pretrained weights.
+      frozen: read-only networks that `loss` sees under these names.
+      optimizer: "fresh" clears momentum, "continue" keeps it.
+      learning_rate: base rate; None takes the config's.
+      schedule: (updates the schedule has behind it when the phase starts, updates it covers); None: (0, steps).
+      sweeps: what to run first, in order.
+      headline: network whose score decides what is best; None takes the method's.
+    """
+
+    name: str
+    steps: int
+    train: tuple[str, ...]
+    streams: tuple[Stream, ...]
+    start: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
+    reinitialize: tuple[str, ...] = ()
+    frozen: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
+    optimizer: Literal["fresh", "continue"] = "fresh"
+    learning_rate: float | None = None
+    schedule: tuple[int, int] | None = None
+    sweeps: tuple[Sweep, ...] = ()
+    headline: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a method plans its phases from.
+
+    Attributes:
+      sizes: images per stream name.
+      batch: images of a global batch, per stream name.
+      num_classes: C.
+      steps: updates of the main phase, or None where `epochs` decides.
+      epochs: passes over a stream's images, or None where `steps` decides.
+      warmup: supervised updates before the method starts.
+    """
+
+    sizes: Mapping[str, int]
+    batch: Mapping[str, int]
+    num_classes: int
+    steps: int | None = None
+    epochs: float | None = None
+    warmup: int = 0
+
+    def main_steps(self, stream: str) -> int:
+        """Updates of the main phase, an epoch being one pass over `stream`."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is None:
+            raise UserError("The config has neither steps nor epochs. Set one: --config.steps=N.")
+        return max(1, round(self.epochs * self.sizes[stream] / self.batch[stream]))
+
+
+# ------------------------------------------------------------------------------------------------ methods
+
+
+class Aux(NamedTuple):
+    """What `Method.loss` returns beside the loss.
+
+    Attributes:
+      stats: new running statistics, by student.
+      teacher_stats: new running statistics, by teacher; used where `Method.teacher_stats` is "own".
+      extra: the method's own arrays for the next step.
+      metrics: what to log.
+    """
+
+    stats: Mapping[str, Stats]
+    teacher_stats: Mapping[str, Stats]
+    extra: Mapping[str, Any]
+    metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """What the networks learn from. Fields are hyper-parameters; nothing else is stored.
+
+    A teacher is the moving average of the student of the same name. `teacher_stats` says what its running
+    statistics are: "ema" averages them like parameters, "copy" takes the student's, "own" takes those that its
+    forward pass in `loss` computed.
+    """
+
+    @property
+    @abc.abstractmethod
+    def students(self) -> tuple[str, ...]:
+        """Networks with gradients."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Students that have a teacher."""
+        return ()
+
+    @property
+    def headline(self) -> str:
+        """The network that is evaluated while training and reported: "a", or "teacher_a"."""
+        return self.students[0]
+
+    teacher_stats: Literal["ema", "copy", "own"] = dataclasses.field(default="ema", kw_only=True)
+
+    @abc.abstractmethod
+    def phases(self, plan: Plan) -> tuple[Phase, ...]:
+        """The run, in order."""
+
+    def init_extra(self, nets: Mapping[str, Network], params: Mapping[str, Params]) -> dict[str, Any]:
+        """Arrays that the method keeps between steps, as a run starts with them."""
+        del nets, params
+        return {}
+
+    def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
+        """Share of its old value that a teacher keeps at update k = 0, 1, ... of the phase."""
+        del phase, k
+        return 0.0
+
+    @abc.abstractmethod
+    def loss(
+        self,
+        nets: Mapping[str, Network],
+        params: Mapping[str, Params],
+        state: TrainState,
+        frozen: Mapping[str, Variables],
+        batch: Batch,
+        key: jax.Array,
+        *,
+        phase: Phase,
+        progress: jax.Array,
+    ) -> tuple[jax.Array, Aux]:
+        """The scalar to minimize in `params`, float32.
+
+        Args:
+          nets: architectures, by student.
+          params: by student; gradients are taken in those of `phase.train`.
+          state: everything else a step starts with; no gradient flows into it.
+          frozen: the phase's read-only networks.
+          batch: the phase's streams.
+          key: this step's randomness.
+          phase: static, so that Python may branch on it.
+          progress: steps of the phase behind it / steps of the phase, traced, in [0,1).
+        """
+
+    def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
+        """What the method would teach from these logits: uint8 `[...]`, 255 where it teaches nothing.
+
+        Shown in panels and measured where the truth is known.
+        """
+        del progress
+        return logits.argmax(-1).astype("uint8")
