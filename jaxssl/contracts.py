@@ -330,6 +330,11 @@ class Method(abc.ABC):
         """The network that is evaluated while training and reported: "a", or "teacher_a"."""
         return self.students[0]
 
+    @property
+    def labeler(self) -> str | None:
+        """The network whose pseudo-labels teach the headline's student; None where nothing does."""
+        return None
+
     teacher_stats: Literal["ema", "copy", "own"] = dataclasses.field(default="ema", kw_only=True)
 
     @abc.abstractmethod

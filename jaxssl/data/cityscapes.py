@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-from jaxssl.contracts import IGNORE_LABEL, DataInfo
+import numpy as np
+from PIL import Image
+
+from jaxssl.contracts import IGNORE_LABEL, DataInfo, Record, UserError
+from jaxssl.data.loading import Subset
+from jaxssl.data.splits import known_ids
 
 # label id in the files, name, color; the position in this table is the train id.
 _EVALUATED = (
@@ -40,3 +47,157 @@ LABEL_IDS = np.array([label_id for label_id, _, _ in _EVALUATED], np.uint8)
 TRAIN_IDS = np.full(256, IGNORE_LABEL, np.uint8)
 """Label id -> train id; 255 for everything that is not evaluated."""
 TRAIN_IDS[LABEL_IDS] = np.arange(len(LABEL_IDS), dtype=np.uint8)
+
+_IMAGE_END = "_leftImg8bit.png"
+
+
+def load(
+    config_data: Mapping[str, Any], split: str, labels: bool, ids: Iterable[str] | None = None
+) -> Cityscapes:
+    """Opens the tree under `config_data["root"]`; see `Cityscapes`."""
+    return Cityscapes(config_data["root"] or "", split, labels, ids)
+
+
+class Cityscapes:
+    """The tree that the data set's archives unpack to, read in place.
+
+    Images are `leftImg8bit/<split>/<city>/<id>_leftImg8bit.png`, ids `<city>_<seq>_<frame>`.
+    Labels are `gtFine/<split>/<city>/<id>_gtFine_labelIds.png`, mapped to train ids, or else
+    `..._labelTrainIds.png`, taken as they are; train_extra has its labels under `gtCoarse`.
+
+    Args:
+      root: folder with `leftImg8bit` and, for labels, `gtFine` or `gtCoarse`.
+      split: train, val, train_extra or test; several are joined by "+".
+      labels: False neither opens nor looks for a label file.
+      ids: images to keep; None keeps all. Only these need labels.
+
+    Raises:
+      UserError: the tree, an id or a label is missing; on reading, a file is damaged or has
+        another format than expected.
+    """
+
+    info = INFO
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        labels: bool = True,
+        ids: Iterable[str] | None = None,
+    ):
+        self.root = Path(root).expanduser()
+        images: dict[str, str] = {}
+        for name in split.split("+"):
+            images |= _list_images(self.root, name)
+        self.ids = tuple(sorted(images)) if ids is None else known_ids(ids, images)
+        self._images = tuple(images[image_id] for image_id in self.ids)
+        self._labels = _find_labels(self.root, self._images) if labels else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self.root / self._images[index]
+        image = _read_image(path)
+        if self._labels is None:
+            return Record(image=image, id=self.ids[index])
+        label_path = self.root / self._labels[index]
+        label = _read_label(label_path)
+        if label.shape != image.shape[:2]:
+            raise UserError(
+                f"The label {label_path} is {label.shape[1]}x{label.shape[0]} pixels, its image "
+                f"{path} is {image.shape[1]}x{image.shape[0]}. Give both the same size."
+            )
+        return Record(image=image, label=label, id=self.ids[index])
+
+    def select(self, ids: Iterable[str]) -> Subset:
+        """The same source with these images only."""
+        return Subset(self, ids)
+
+
+def _list_images(root: Path, split: str) -> dict[str, str]:
+    folder = root / "leftImg8bit" / split
+    paths = _list(root, f"leftImg8bit/{split}/*/*{_IMAGE_END}")
+    if paths:
+        return {path.rpartition("/")[2].removesuffix(_IMAGE_END): path for path in paths}
+    archives = (
+        "leftImg8bit_trainextra.zip and gtCoarse.zip"
+        if split == "train_extra"
+        else "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
+    )
+    raise UserError(
+        f"Cityscapes is missing: there is no {folder}/<city>/*{_IMAGE_END}. Download {archives} "
+        "from https://www.cityscapes-dataset.com, unpack both into one folder DIR and add "
+        "--config.data.root=DIR. The config's variant :streets needs no download."
+    )
+
+
+def _find_labels(root: Path, images: tuple[str, ...]) -> tuple[str, ...]:
+    """The label file of every image, all paths relative to `root`."""
+    kinds = {image: _label_folder(image) for image in images}
+    present: set[str] = set()
+    for folder in set(kinds.values()):
+        present.update(_list(root, f"{folder}/*/*_label*Ids.png"))
+    found, missing = [], []
+    for image, folder in kinds.items():
+        city, name = image.split("/")[-2:]
+        stem = f"{folder}/{city}/{name.removesuffix(_IMAGE_END)}_{folder.partition('/')[0]}"
+        files = [f"{stem}_labelIds.png", f"{stem}_labelTrainIds.png"]
+        found += [file for file in files if file in present][:1]
+        missing += files[:1] if present.isdisjoint(files) else []
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(images)} images have no label under {root}, such as "
+            f"{', '.join(missing[:3])}. Unpack the label archive there, or leave these images "
+            "unlabeled."
+        )
+    return tuple(found)
+
+
+def _label_folder(image: str) -> str:
+    split = image.split("/")[1]
+    return f"gtCoarse/{split}" if split == "train_extra" else f"gtFine/{split}"
+
+
+def _list(root: Path, pattern: str) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in root.glob(pattern)]
+
+
+def _read_image(path: Path) -> np.ndarray:
+    image = _open(path)
+    if image.mode not in ("RGB", "L"):
+        raise UserError(
+            f"The image {path} has mode {image.mode}. Convert it to 8-bit RGB or grayscale, "
+            "without transparency."
+        )
+    return np.array(image.convert("RGB"))
+
+
+def _read_label(path: Path) -> np.ndarray:
+    image = _open(path)
+    if image.mode not in ("L", "P"):
+        raise UserError(
+            f"The label {path} has mode {image.mode}. Give a PNG with one 8-bit channel that "
+            "holds label ids, not colors."
+        )
+    label = np.array(image)
+    if path.name.endswith("_labelIds.png"):
+        return TRAIN_IDS[label]
+    wrong = label[(label >= INFO.num_classes) & (label != IGNORE_LABEL)]
+    if wrong.size:
+        raise UserError(
+            f"The label {path} holds the class id {wrong[0]}. Train ids are 0 to "
+            f"{INFO.num_classes - 1}, and {IGNORE_LABEL} for pixels to ignore."
+        )
+    return label
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(
+            f"The file {path} cannot be read as an image: {error}. Unpack it again."
+        ) from error

@@ -1,0 +1,47 @@
+"""One file per network; the file name is the network's name in a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from jaxssl import contracts
+
+
+def available() -> tuple[str, ...]:
+    """Names of all networks: the modules here that define a `Model`."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(n for n in names if hasattr(importlib.import_module(f"{__name__}.{n}"), "Model"))
+
+
+def load(
+    config: Mapping[str, Any], num_classes: int, *, axis_name: str | None = None
+) -> contracts.Network:
+    """Builds the network that `config["name"]` names; the other keys are fields of its `Model`.
+
+    Args:
+      config: the name and what differs from the defaults.
+      num_classes: C, the channels of the logits.
+      axis_name: of a `jax.pmap` over whose devices BatchNorm takes its statistics.
+
+    Raises:
+      UserError: there is no such network, it has no such field, or refuses the field's value.
+    """
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    name = fields.pop("name", None)
+    if name not in available():
+        raise contracts.UserError(
+            f"Unknown model.name {name!r}. There are: {', '.join(available())}."
+        )
+    model = importlib.import_module(f"{__name__}.{name}").Model
+    given = {"num_classes": num_classes, "axis_name": axis_name}
+    accepted = [f.name for f in dataclasses.fields(model) if f.name not in given]
+    for field in fields:
+        if field not in accepted:
+            raise contracts.UserError(
+                f"Network {name!r} has no field {field!r}. Its fields: {', '.join(accepted)}."
+            )
+    return model(**given, **fields)

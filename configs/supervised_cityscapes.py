@@ -1,0 +1,29 @@
+"""Supervised training on Cityscapes' labeled images alone: the baseline of every table.
+
+Command:
+  python -m jaxssl.main --config=configs/supervised_cityscapes.py:1_16,r50 --workdir=W --config.data.root=DIR
+  python -m jaxssl.main --config=configs/supervised_cityscapes.py:streets --workdir=W     (nothing to download)
+  python -m jaxssl.main --config=configs/supervised_cityscapes.py:streets,all --workdir=W   (every label)
+
+Cost: one network a step.
+
+Published (Table 2 of the MKD paper has none; UniMatch reports these, mIoU on val, crop 801):
+              1_16    1_8     1_4     1_2
+  r50        63.3    70.2    73.1    76.6
+  r101       66.3    72.8    75.0    78.0
+"""
+
+from ml_collections import ConfigDict
+
+from jaxssl import config as configs
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    variant = configs.choose(
+        arg, split=("1_16", "1_8", "1_4", "1_2", "all"), backbone=("r50", "r101"), data=("streets",)
+    )
+    config = configs.cityscapes(variant["split"], variant["backbone"])
+    config.method = ConfigDict({"name": "supervised", "strong": False, "auxiliary_weight": 0.4})
+    if variant["data"] == "streets":
+        configs.use_streets(config, variant["split"])
+    return config

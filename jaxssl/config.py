@@ -1,0 +1,189 @@
+"""Configs: their defaults, the words that vary them, and what a run may be resumed with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxssl.contracts import UserError
+
+MAY_CHANGE = frozenset(
+    {"checkpoint", "compilation_cache", "data.root", "data.threads", "data.workers", "distributed", "eval", "log"}
+)
+"""Keys (or sections) that do not change what is computed: a run may be resumed with others."""
+
+
+def default() -> ConfigDict:
+    """Every key there is; a config file changes some and adds `method`."""
+    model = ConfigDict(
+        {
+            "name": "deeplab_v3plus",
+            "backbone": "resnet50",
+            "width": 64,
+            "stem": "deep",
+            "output_stride": 16,
+            "multi_grid": (1, 1, 1),
+            "separable": True,
+            "aspp_rates": (6, 12, 18),
+            "channels": 256,
+            "low_level_channels": 48,
+            "auxiliary": False,
+            "dropout": 0.0,
+            "align_corners": False,
+            "batch_norm_momentum": 0.1,
+            "stochastic_depth": 1.0,
+            "dtype": "float32",
+            "remat": False,
+        }
+    )
+    return ConfigDict(
+        {
+            "seed": 0,
+            "steps": config_dict.placeholder(int),
+            "epochs": config_dict.placeholder(float),
+            "warmup": 0,
+            "crop": (512, 1024),
+            "batch": {"labeled": 16, "unlabeled": 16, "accumulate": 1},
+            "augment": {"scale": (0.5, 2.0), "flip": True},
+            "data": {
+                "name": "cityscapes",
+                "root": "data/cityscapes",
+                "split": "1_16",
+                "seed": 0,
+                "labeled_list": "",
+                "unlabeled_list": "",
+                "overlap": False,
+                "extra": False,
+                "workers": 0,
+                "threads": 4,
+            },
+            "model": model,
+            "model_a": _overrides(model),
+            "model_b": _overrides(model),
+            "method": {"name": ""},
+            "optimizer": {
+                "name": "sgd",
+                "learning_rate": 0.01,
+                "momentum": 0.9,
+                "nesterov": False,
+                "weight_decay": 5e-4,
+                "decay_norm_and_bias": True,
+                "head_factor": 1.0,
+                "clip_norm": 0.0,
+                "schedule": "poly",
+                "power": 0.9,
+                "warmup_steps": 0,
+            },
+            "eval": {"every": 2000, "mode": "whole", "batch": 4, "panels": 4},
+            "checkpoint": {"every": 1000},
+            "log": {"every": 50, "tensorboard": True},
+            "distributed": False,
+            "compilation_cache": "auto",
+        }
+    )
+
+
+def _overrides(model: ConfigDict) -> ConfigDict:
+    """The keys of `model`, all unset: a student takes the model's value."""
+    return ConfigDict({key: config_dict.placeholder(type(value)) for key, value in model.items()})
+
+
+def model_of(config: ConfigDict, student: str) -> dict[str, Any]:
+    """The model section as one student has it: `model`, and what `model_<student>` sets."""
+    own = config.get(f"model_{student}", ConfigDict())
+    return {**config.model, **{key: value for key, value in own.items() if value is not None}}
+
+
+def cityscapes(split: str | None, backbone: str | None) -> ConfigDict:
+    """The default config with what MKD's paper says of Cityscapes; the number of steps is ours.
+
+    Args:
+      split: share of labeled images, 1_16 if None.
+      backbone: "r50" (if None) or "r101".
+    """
+    config = default()
+    config.steps = 80_000
+    config.data.split = split or "1_16"
+    config.model.backbone = {None: "resnet50", "r50": "resnet50", "r101": "resnet101"}[backbone]
+    config.model.batch_norm_momentum = 0.001
+    config.optimizer.learning_rate = 0.01
+    return config
+
+
+def use_streets(config: ConfigDict, split: str | None) -> None:
+    """Swaps in the embedded street scenes, and a network that trains on them in minutes on a laptop.
+
+    Args:
+      config: is changed.
+      split: share of labeled images; None takes the demo's few.
+    """
+    with config.unlocked():
+        config.data.update(
+            name="streets", root="", split=split or "16", size=(64, 128), train_count=400, val_count=100
+        )
+    config.model.update(
+        backbone="resnet10",
+        width=16,
+        aspp_rates=(1, 2, 3),
+        channels=48,
+        low_level_channels=16,
+        batch_norm_momentum=0.1,
+    )
+    config.update(crop=(64, 128), steps=1000, warmup=1000)
+    config.batch.update(labeled=4, unlabeled=4)
+    config.augment.scale = (0.75, 1.5)
+    config.optimizer.learning_rate = 0.1
+    config.eval.update(every=500, batch=20)
+    config.checkpoint.every = 250
+    config.log.every = 20
+
+
+def choose(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str | None]:
+    """Sorts the words of a config's variant, as in `mkd_cityscapes.py:r101,1_8`, into groups.
+
+    Args:
+      arg: words separated by commas, or nothing.
+      **groups: the words of each group, of which a variant holds one at most.
+
+    Returns:
+      The word of each group, or None.
+
+    Raises:
+      UserError: an unknown word, or two of one group.
+    """
+    chosen: dict[str, str | None] = dict.fromkeys(groups)
+    for word in filter(None, (arg or "").split(",")):
+        group = next((name for name, words in groups.items() if word in words), None)
+        if group is None:
+            known = ", ".join(word for words in groups.values() for word in words)
+            raise UserError(f"Unknown variant {word!r}. There are: {known}.")
+        if chosen[group] is not None:
+            raise UserError(f"The variants {chosen[group]!r} and {word!r} exclude each other. Choose one.")
+        chosen[group] = word
+    return chosen
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Lines "key: stored -> current" for all keys that differ, except those that may.
+
+    Args:
+      stored: a config as JSON gives it back.
+      current: likewise.
+    """
+    old, new = _flat(stored), _flat(current)
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
+        and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -1,0 +1,87 @@
+"""Readers by name, and the two image sets that training reads."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jaxssl.data
+from jaxssl.contracts import Record, Source, UserError
+from jaxssl.data import splits
+
+
+def load(
+    config_data: Mapping[str, Any],
+    split: str,
+    labels: bool,
+    ids: Iterable[str] | None = None,
+) -> Source:
+    """Opens a data set with the reader `jaxssl/data/<name>.py`.
+
+    Args:
+      config_data: the config's `data` section; `name` picks the reader, the rest is the reader's.
+      split: part of the data set, such as "train" or "val".
+      labels: False never opens a label file.
+      ids: images to keep; None keeps all. A reader looks for labels of these only.
+
+    Raises:
+      UserError: the name is unknown, the data are missing, or an id is not among them.
+    """
+    name = config_data["name"]
+    names = _readers()
+    if name not in names:
+        raise UserError(
+            f"There is no data set {name!r}. Set --config.data.name to one of: {', '.join(names)}."
+        )
+    return importlib.import_module(f"jaxssl.data.{name}").load(config_data, split, labels, ids)
+
+
+def training_sets(config_data: Mapping[str, Any]) -> tuple[splits.Split, dict[str, Source]]:
+    """Splits the training images and opens both parts.
+
+    Returns:
+      The split, and the sources "labeled" and "unlabeled"; the latter has no labels, and may be
+      empty where every image is labeled.
+
+    Raises:
+      UserError: as `load` and `splits.choose`.
+    """
+    train = load(config_data, "train", labels=False)
+    unlabeled_split, extra = "train", ()
+    if config_data.get("extra"):
+        unlabeled_split = "train+train_extra"
+        extra = load(config_data, "train_extra", labels=False).ids
+    split = splits.choose(config_data, train.ids, extra)
+    return split, {
+        "labeled": load(config_data, "train", True, split.labeled),
+        "unlabeled": load(config_data, unlabeled_split, False, split.unlabeled),
+    }
+
+
+class Subset:
+    """The images of a source that have the given ids, sorted.
+
+    Raises:
+      UserError: an id is not in the source.
+    """
+
+    def __init__(self, source: Source, ids: Iterable[str]):
+        self.info = source.info
+        self.ids = splits.known_ids(ids, source.ids)
+        position = {image_id: i for i, image_id in enumerate(source.ids)}
+        self._source = source
+        self._positions = tuple(position[image_id] for image_id in self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[self._positions[index]]
+
+
+def _readers() -> list[str]:
+    machinery = {"loading", "pipeline", "splits", "transforms"}
+    modules = pkgutil.iter_modules(jaxssl.data.__path__)
+    return sorted(module.name for module in modules if module.name not in machinery)

@@ -1,0 +1,316 @@
+"""Training batches whose content is a function of the step, and whole images in order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import itertools
+import multiprocessing.process
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from grain.experimental import ZipMapDataset
+
+from jaxssl.contracts import IGNORE_LABEL, Source, Stream, UserError
+from jaxssl.data.splits import seeded_order
+from jaxssl.data.transforms import Augment, augment
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """A stream with what it reads.
+
+    Attributes:
+      stream: name, batch size, labels and share of the images.
+      source: where the images are; its labels are dropped where `stream.labels` is None.
+      augment: geometry; the fields in `stream.augment` replace these.
+    """
+
+    stream: Stream
+    source: Source
+    augment: Augment
+
+
+class Batches:
+    """Iterates over batches and owns threads and worker processes: close it.
+
+    A batch maps stream names to arrays: `image` uint8 `[b,h,w,3]`, `valid` bool `[b,h,w]`,
+    `label` uint8 and `confidence` float32 `[b,h,w]` where there are any, and `index` int32 `[b]`,
+    the image's position in its source; b is this process's share of the stream's batch. Never
+    write into the arrays: devices may alias them.
+    """
+
+    def __init__(self, dataset: grain.IterDataset):
+        self._iterator: grain.DatasetIterator | None = iter(dataset)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, dict[str, np.ndarray]]:
+        if self._iterator is None:
+            raise StopIteration
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise UserError(
+                f"A data worker process died: {error} Often memory ran out: use fewer workers."
+            ) from error
+        # A worker's arrays lie in shared memory. The copy frees it now: what lives until the
+        # interpreter's exit is reported as leaked.
+        return {
+            stream: {name: _owned(array) for name, array in arrays.items()}
+            for stream, arrays in batch.items()
+        }
+
+    def close(self) -> None:
+        """Ends threads and worker processes, and the iteration; may be called again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+            gc.collect()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def batches(
+    feeds: Sequence[Feed],
+    *,
+    seed: int,
+    phase_index: int,
+    start: int,
+    steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+) -> Batches:
+    """Makes the batches `start` to `steps` - 1 of a phase.
+
+    Global batch k depends on (seed, phase_index, k) and the feeds alone: not on `start`, workers,
+    threads or the number of processes, which take contiguous blocks of its rows in their order.
+
+    Args:
+      feeds: one per stream; their order matters to the randomness.
+      seed: of the run.
+      phase_index: of the phase in the run.
+      start: first batch.
+      steps: batches of the whole phase.
+      process_index: which share of every batch to make.
+      process_count: hosts that share a batch.
+      workers: processes that decode; 0 leaves it to threads.
+      threads: that decode, in each worker.
+
+    Raises:
+      UserError: a batch cannot be shared equally or exceeds its images; while iterating, what a
+        source raises, or a worker died.
+    """
+    mine = slice(start * process_count + process_index, steps * process_count, process_count)
+    streams = [
+        _stream(feed, (seed, phase_index, number), steps, process_count)[mine]
+        for number, feed in enumerate(feeds)
+    ]
+    names = tuple(feed.stream.name for feed in feeds)
+    dataset = ZipMapDataset(streams).map(_Named(names)).to_iter_dataset(_read_options(threads))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads absl flags before it starts a worker.
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_follow_parent
+        )
+    return Batches(dataset)
+
+
+def in_order(
+    source: Source,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Gives every image once, in order, for evaluation and sweeps.
+
+    A batch holds consecutive images of one size. Where fewer are left than a batch takes, it is
+    filled with rows of `valid` False, `label` 255 and `index` -1. Several processes take
+    contiguous blocks of every global batch, and all get the same number of batches.
+
+    Args:
+      source: of images `[h,w,3]`.
+      batch_size: images in the global batch.
+      process_index: which share of every batch to give.
+      process_count: hosts that share a batch.
+      threads: that decode.
+
+    Yields:
+      `image` uint8 `[b,h,w,3]`, `valid` bool `[b,h,w]`, `label` uint8 `[b,h,w]` if the source
+      has labels, and `index` int32 `[b]`.
+
+    Raises:
+      UserError: a batch cannot be shared equally, several processes meet images that differ in
+        size, or what the source raises.
+    """
+    rows = _share("The evaluation batch", batch_size, process_count)
+    firsts = range(process_index * rows, len(source), batch_size)
+    mine = [i for first in firsts for i in range(first, min(first + rows, len(source)))]
+    read = _Whole(source)
+    # What every process knows tells each of them that sizes differ or that its share is empty.
+    template = read(0) if process_count > 1 and len(source) else None
+    made = 0
+    dataset = grain.MapDataset.source(mine).map(read).to_iter_dataset(_read_options(threads))
+    with contextlib.closing(iter(dataset)) as records:
+        for shape, group in itertools.groupby(records, lambda record: record["image"].shape):
+            if template is not None and shape != template["image"].shape:
+                raise UserError(
+                    f"Images differ in size: {template['image'].shape[:2]} and {shape[:2]}. "
+                    "Several processes need images of one size; use a single process."
+                )
+            while part := list(itertools.islice(group, rows)):
+                yield _collate(part[0], part, rows)
+                made += 1
+    if template is not None and made * batch_size < len(source):
+        yield _collate(template, [], rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Augmented:
+    """Place in the endless stream -> augmented arrays of the image there."""
+
+    source: Source
+    positions: np.ndarray
+    augment: Augment
+    labels: bool
+    seed: int
+
+    def __call__(self, place: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        epoch, place = divmod(place, len(self.positions))
+        position = self.positions[_order(len(self.positions), self.seed, epoch)[place]]
+        record = dict(self.source[int(position)])
+        if not self.labels:
+            record.pop("label", None)
+        return augment(record, self.augment, rng) | {"index": position}
+
+
+@functools.lru_cache(maxsize=8)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    # grain's own shuffle takes milliseconds an image where there are only tens of them.
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    """Position -> arrays of the whole image there."""
+
+    source: Source
+
+    def __call__(self, position: int) -> dict[str, np.ndarray]:
+        record: dict[str, Any] = dict(self.source[int(position)])
+        arrays = {name: record[name] for name in ("image", "label") if name in record}
+        valid = np.ones(arrays["image"].shape[:2], bool)
+        return arrays | {"valid": valid, "index": np.array(position, np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A tuple of streams -> a dict of them."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, streams: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.names, streams, strict=True))
+
+
+def _stream(
+    feed: Feed, entropy: tuple[int, int, int], steps: int, process_count: int
+) -> grain.MapDataset:
+    """One stream's local batches, those of all processes in turn."""
+    stream = feed.stream
+    rows = _share(f"The batch of the stream {stream.name!r}", stream.batch, process_count)
+    order_seed, augment_seed = np.random.SeedSequence(entropy).generate_state(2).tolist()
+    read = _Augmented(
+        feed.source,
+        _positions(stream, feed.source.ids, seed=entropy[0]),
+        dataclasses.replace(feed.augment, **stream.augment),
+        labels=stream.labels is not None,
+        seed=order_seed,
+    )
+    # The seed is explicit because one that grain derives changes with the number of operations;
+    # the random map stands before batching and slicing because its numbers follow the place.
+    return (
+        grain.MapDataset.range(steps * stream.batch).random_map(read, seed=augment_seed).batch(rows)
+    )
+
+
+def _positions(stream: Stream, ids: Sequence[str], seed: int) -> np.ndarray:
+    """Where the stream's share of the images stands in the source."""
+    begin, end = (round(share * len(ids)) for share in stream.part)
+    chosen = set(seeded_order(ids, seed)[begin:end])
+    positions = np.flatnonzero([image_id in chosen for image_id in ids]).astype(np.int32)
+    if stream.batch > len(positions):
+        raise UserError(
+            f"The batch of the stream {stream.name!r} takes {stream.batch} images, but there are "
+            f"only {len(positions)}. Set --config.batch.{stream.name}=N to that many or fewer, or "
+            "choose another --config.data.split."
+        )
+    return positions
+
+
+def _share(what: str, batch: int, process_count: int) -> int:
+    if batch < 1 or batch % process_count:
+        raise UserError(
+            f"{what} has {batch} images, which {process_count} process(es) cannot share equally. "
+            f"Choose a multiple of {process_count}."
+        )
+    return batch // process_count
+
+
+def _owned(array: np.ndarray) -> np.ndarray:
+    return array if type(array) is np.ndarray else np.array(array)
+
+
+def _read_options(threads: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 1))
+
+
+def _collate(
+    template: Mapping[str, np.ndarray], records: Sequence[Mapping[str, np.ndarray]], rows: int
+) -> dict[str, np.ndarray]:
+    """Stacks records and fills up to `rows` with padding in the template's shapes."""
+    padding = {"image": 0, "valid": False, "label": IGNORE_LABEL, "index": -1}
+    batch = {}
+    for name, like in template.items():
+        batch[name] = np.full((rows, *like.shape), padding[name], like.dtype)
+        for row, record in enumerate(records):
+            batch[name][row] = record[name]
+    return batch
+
+
+def _follow_parent(worker: int, count: int) -> None:
+    """Lets a worker process end with its parent, and not by the terminal's signals."""
+    del worker, count
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent decides when to
+    # stop, and needs its batches until then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.process.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(process: multiprocessing.process.BaseProcess) -> None:
+    # grain does not watch its parent: without this, a killed trainer leaves its workers behind.
+    process.join()
+    os._exit(1)

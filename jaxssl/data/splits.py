@@ -1,0 +1,229 @@
+"""Which training images are labeled: seeded shares, published list files, fingerprints."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jaxssl.contracts import UserError
+
+SEEDED_FAMILY = "jaxssl"
+"""Family of the splits that `make` draws."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Labeled and unlabeled training images, as a run stores them in `splits.json`.
+
+    Attributes:
+      labeled: sorted ids.
+      unlabeled: sorted ids.
+      family: where the split comes from, such as "u2pl 186 labeled (...)" or "jaxssl 1_16".
+      seed: of a seeded split; None where a list file decided.
+    """
+
+    labeled: tuple[str, ...]
+    unlabeled: tuple[str, ...]
+    family: str
+    seed: int | None = None
+
+    @property
+    def hash(self) -> dict[str, str]:
+        """Fingerprints of both id sets."""
+        return {"labeled": fingerprint(self.labeled), "unlabeled": fingerprint(self.unlabeled)}
+
+    def to_json(self) -> str:
+        """The text of `splits.json`."""
+        return json.dumps(dataclasses.asdict(self) | {"hash": self.hash}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Split:
+        """Reads `to_json`'s text.
+
+        Raises:
+          UserError: it is damaged, or the ids do not have the stored hash.
+        """
+        advice = "Restore the file, or start in a new workdir."
+        try:
+            stored = json.loads(text)
+            expected = stored.pop("hash")
+            ids = {name: tuple(stored.pop(name)) for name in ("labeled", "unlabeled")}
+            split = cls(**ids, **stored)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"splits.json is damaged ({error!r}). {advice}") from error
+        if split.hash != expected:
+            raise UserError(f"splits.json: its ids do not have the hash beside them. {advice}")
+        return split
+
+
+def choose(config_data: Mapping[str, Any], ids: Sequence[str], extra: Sequence[str] = ()) -> Split:
+    """Splits training images as the config says.
+
+    Args:
+      config_data: `split` and `seed` draw the labeled images, unless the file `labeled_list`
+        names them; the unlabeled images are the others, unless the file `unlabeled_list` names
+        them. `overlap` True leaves the labeled images among the unlabeled ones.
+      ids: all training images.
+      extra: further images that only the unlabeled set gets.
+
+    Raises:
+      UserError: a list cannot be read or names unknown images, or a set is empty, or the sets
+        overlap.
+    """
+    share, seed = str(config_data["split"]), config_data["seed"]
+    labeled_list, unlabeled_list = (
+        config_data.get("labeled_list"),
+        config_data.get("unlabeled_list"),
+    )
+    overlap = bool(config_data.get("overlap"))
+    if labeled_list:
+        labeled = known_ids(read_list(labeled_list), ids, labeled_list)
+        family = recognize(labeled) or f"list {labeled_list}"
+    else:
+        labeled, _ = make(ids, share, seed, overlap=overlap)
+        family = f"{SEEDED_FAMILY} {share}"
+    if unlabeled_list:
+        unlabeled = known_ids(read_list(unlabeled_list), [*ids, *extra], unlabeled_list)
+    else:
+        unlabeled = tuple(sorted({*ids, *extra} - (set() if overlap else set(labeled))))
+    if not overlap:
+        _refuse_overlap(labeled, unlabeled)
+    return Split(labeled, unlabeled, family, None if labeled_list else seed)
+
+
+def make(
+    ids: Iterable[str], split: str, seed: int, *, overlap: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Draws the labeled images by id, so that the order of the files plays no part.
+
+    Splits of one seed are nested: the images of 1_16 are among those of 1_8.
+
+    Args:
+      ids: all training images.
+      split: a share such as "1_16", rounded half up; a count such as "100"; or "all".
+      seed: another seed gives other images.
+      overlap: whether the labeled images are unlabeled ones as well.
+
+    Returns:
+      Sorted labeled and unlabeled ids. "all" leaves no unlabeled ones, without overlap.
+
+    Raises:
+      UserError: the split cannot be understood, or leaves no labeled or no unlabeled image.
+    """
+    order = seeded_order(ids, seed)
+    count = _labeled_count(split, len(order))
+    labeled, rest = order[:count], order[count:]
+    unlabeled = order if overlap else rest
+    if not labeled or not (unlabeled or split == "all"):
+        raise UserError(
+            f"data.split={split} leaves {len(labeled)} labeled and {len(unlabeled)} unlabeled of "
+            f"{len(order)} images. Choose another share or count, or all for supervised training."
+        )
+    return tuple(sorted(labeled)), tuple(sorted(unlabeled))
+
+
+def seeded_order(ids: Iterable[str], seed: int) -> tuple[str, ...]:
+    """Ids without duplicates in the order of the SHA-256 of "<seed>/<id>"."""
+    return tuple(sorted(set(ids), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest()))
+
+
+def read_list(path: str | Path) -> tuple[str, ...]:
+    """Reads the ids of a published list file, sorted and without duplicates.
+
+    A line holds an id, an image path, or an image path and a label path; only the file name of
+    the first column counts, without extension and `_leftImg8bit`.
+
+    Raises:
+      UserError: the file cannot be read or names no image.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"The list {path} cannot be read as text: {error}. Check its path."
+        ) from error
+    ids = {_image_id(line.split()[0]) for line in lines if line.strip()}
+    if not ids:
+        raise UserError(f"The list {path} names no image. Give a file with one image a line.")
+    return tuple(sorted(ids))
+
+
+def known_ids(ids: Iterable[str], known: Iterable[str], where: str = "The data") -> tuple[str, ...]:
+    """Sorts ids after making sure that all are known.
+
+    Args:
+      ids: to look up.
+      known: ids of a source.
+      where: what named `ids`, for the message.
+
+    Raises:
+      UserError: some are unknown.
+    """
+    wanted = tuple(sorted(set(ids)))
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise UserError(
+            f"{where}: {len(unknown)} of {len(wanted)} image ids are not in the data set, such as "
+            f"{', '.join(unknown[:3])}. Check that the list belongs to this data set."
+        )
+    return wanted
+
+
+def fingerprint(ids: Iterable[str]) -> str:
+    """The first 16 hex digits of the SHA-256 of the sorted distinct ids, joined by newlines."""
+    return hashlib.sha256("\n".join(sorted(set(ids))).encode()).hexdigest()[:16]
+
+
+def recognize(ids: Iterable[str]) -> str | None:
+    """Names the published lists with these ids, such as "cps 1-16 labeled (<file>)", or None."""
+    return _published().get(fingerprint(ids))
+
+
+@functools.cache
+def _published() -> dict[str, str]:
+    table = importlib.resources.files("jaxssl.data").joinpath("published_splits.csv")
+    names: dict[str, list[str]] = {}
+    for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines()):
+        names.setdefault(row["fingerprint"], []).append(
+            f"{row['family']} {row['name']} ({row['file']})"
+        )
+    return {key: "; ".join(lists) for key, lists in names.items()}
+
+
+def _image_id(path: str) -> str:
+    return PurePosixPath(path).stem.removesuffix("_leftImg8bit")
+
+
+def _labeled_count(split: str, total: int) -> int:
+    if split == "all":
+        return total
+    if share := re.fullmatch(r"(\d+)_([1-9]\d*)", split):
+        part, whole = int(share[1]), int(share[2])
+        count = (2 * total * part + whole) // (2 * whole)
+    elif split.isdecimal():
+        count = int(split)
+    else:
+        raise UserError(
+            f"data.split={split!r} is not understood. Use a share such as 1_16, a count such as "
+            "100, or all."
+        )
+    if count > total:
+        raise UserError(f"data.split={split} asks for {count} labeled images; there are {total}.")
+    return count
+
+
+def _refuse_overlap(labeled: Sequence[str], unlabeled: Sequence[str]) -> None:
+    both = sorted(set(labeled) & set(unlabeled))
+    if both:
+        raise UserError(
+            f"{len(both)} images are labeled and unlabeled at once, such as {both[0]}. Mend "
+            "data.labeled_list and data.unlabeled_list, or allow it with --config.data.overlap."
+        )

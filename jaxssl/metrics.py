@@ -1,0 +1,60 @@
+"""Scores from an integer confusion matrix.
+
+`confusion_matrix` runs on the device for each batch. Its sum over batches, int64 on the host, is
+what the scores are computed from in NumPy. Scores are shares in [0,1].
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxssl.contracts import IGNORE_LABEL
+
+
+def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
+    """Count the pairs of true and predicted class; int32 `[C,C]`, rows truth, columns prediction.
+
+    Args:
+      labels: integer `[...]`, below C or 255.
+      predictions: integer `[...]`, below C or 255. Where either is 255 nothing is counted.
+      num_classes: C.
+    """
+    counted = (labels != IGNORE_LABEL) & (predictions != IGNORE_LABEL)
+    pair = num_classes * labels.astype(jnp.int32) + predictions.astype(jnp.int32)
+    pair = jnp.where(counted, pair, num_classes**2)
+    counts = jnp.bincount(pair.ravel(), length=num_classes**2 + 1)[:-1]
+    return counts.reshape(num_classes, num_classes).astype(jnp.int32)
+
+
+def iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union per class; float64 `[C]`, nan if neither true nor predicted."""
+    intersection = np.diagonal(confusion)
+    return _divide(intersection, confusion.sum(0) + confusion.sum(1) - intersection)
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean of `iou` over the classes that are true or predicted somewhere; nan without any.
+
+    As in the scripts of the Cityscapes benchmark: a class that is predicted but never true enters
+    as 0, a class that does not occur at all is left out.
+    """
+    scores = iou(confusion)
+    present = scores[~np.isnan(scores)]
+    return float(present.mean()) if present.size else float("nan")
+
+
+def pixel_accuracy(confusion: np.ndarray) -> float:
+    """Share of the counted positions with the right class; nan without any."""
+    return float(_divide(np.trace(confusion), confusion.sum()))
+
+
+def class_accuracy(confusion: np.ndarray) -> np.ndarray:
+    """Recall: share of each class's true positions found; float64 `[C]`, nan without any."""
+    return _divide(np.diagonal(confusion), confusion.sum(1))
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    result = np.full(np.shape(numerator), np.nan)
+    return np.divide(numerator, denominator, out=result, where=np.greater(denominator, 0))

@@ -1,0 +1,144 @@
+"""Between linen modules and the library: preprocessing, precision, parameters as trees."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxssl.contracts import Outputs, Params, Stats, UserError, Variables
+from jaxssl.models import layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinenNetwork(abc.ABC):
+    """A `contracts.Network` made of linen modules; a file in this folder gives its `module`.
+
+    Attributes:
+      num_classes: C, channels of the logits.
+      align_corners: convention of every bilinear resizing.
+      batch_norm_momentum: share of the batch in new running statistics, as in PyTorch.
+      dtype: of activations: "float32", "bfloat16" or "float64". Parameters, statistics and logits
+        are float64 with the last, else float32.
+      mean: color that becomes 0, per channel, in [0,255].
+      std: what becomes 1, likewise.
+      axis_name: of a `jax.pmap` over whose devices BatchNorm takes its statistics.
+    """
+
+    num_classes: int
+    align_corners: bool = False
+    batch_norm_momentum: float = 0.1
+    dtype: str = "float32"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        if self.dtype == "float64" and not jax.config.jax_enable_x64:
+            raise UserError('model.dtype "float64" needs JAX_ENABLE_X64=1 in the environment.')
+
+    @abc.abstractmethod
+    def module(self, *, batch_stats: bool) -> nn.Module:
+        """The linen module in one of its two modes: normalized `[B,H,W,3]` -> `Outputs`.
+
+        The last 1x1 convolution, where there is one, is the parameter "head/classifier".
+        """
+
+    def norm(self, batch_stats: bool) -> layers.NormDef:
+        """What makes the normalization layers of `module`."""
+        return functools.partial(
+            layers.BatchNorm,
+            batch_stats=batch_stats,
+            momentum=self.batch_norm_momentum,
+            axis_name=self.axis_name,
+        )
+
+    def init(self, key: jax.Array, size: tuple[int, int]) -> Variables:
+        """Draws parameters for images of `size` (height, width)."""
+        image = jnp.zeros((1, *size, 3), self.dtype)
+        variables = self.module(batch_stats=True).init(key, image)
+        # Statistics and parameters must have the dtype that they will have after a step.
+        variables = jax.tree.map(lambda x: x.astype(self._wide), variables)
+        return Variables(variables["params"], variables.get("batch_stats", {}))
+
+    def apply(
+        self,
+        params: Params,
+        stats: Stats,
+        image: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        batch_stats: bool,
+        key: jax.Array | None = None,
+    ) -> tuple[Outputs, Stats]:
+        """Runs the network as `contracts.Network.apply` says."""
+        run = functools.partial(
+            self.module(batch_stats=batch_stats).apply,
+            {"params": params, "batch_stats": stats},
+            self._normalized(image, valid),
+            rngs=None if key is None else {"dropout": key},
+        )
+        if not batch_stats:
+            return run(), stats
+        outputs, updated = run(mutable=["batch_stats"])
+        return outputs, updated.get("batch_stats", stats)
+
+    def classifier(self, params: Params) -> tuple[jax.Array, jax.Array]:
+        """The last 1x1 convolution, as kernel `[D,C]` and bias `[C]`."""
+        try:
+            last = params["head"]["classifier"]
+        except KeyError:
+            raise UserError(
+                f"The head of {type(self).__module__} does not end in one 1x1 convolution, which "
+                "the method needs. Choose another model.name."
+            ) from None
+        return last["kernel"][0, 0], last["bias"]
+
+    def resize(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """Bilinear `[B,h,w,C]` -> `[B,*size,C]`."""
+        return layers.resize_bilinear(logits, size, align_corners=self.align_corners)
+
+    @property
+    def _wide(self) -> jnp.dtype:
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def _normalized(self, image: jax.Array, valid: jax.Array | None) -> jax.Array:
+        mean, std = (jnp.asarray(value, self._wide) for value in (self.mean, self.std))
+        x = (image.astype(self._wide) - mean) / std
+        if valid is not None:
+            x = jnp.where(valid[..., None], x, 0)
+        return x.astype(self.dtype)
+
+
+class EncoderDecoder(nn.Module):
+    """A backbone and what reads its stages.
+
+    Attributes:
+      backbone: `[B,H,W,3]` -> outputs of its stages.
+      head: outputs of the stages -> (logits, features).
+      auxiliary: output of the last stage but one -> (logits, features); None where not needed.
+    """
+
+    backbone: nn.Module
+    head: nn.Module
+    auxiliary: nn.Module | None = None
+
+    def __call__(self, x: jax.Array) -> Outputs:
+        """Runs all parts."""
+        stages = self.backbone(x)
+        logits, features = self.head(stages)
+        auxiliary = None if self.auxiliary is None else self.auxiliary(stages[-2])[0]
+        return Outputs(logits=logits, features=features, auxiliary=auxiliary)
+
+
+def check_choice(field: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuses a value of a config's field that is not among `choices`."""
+    if value not in choices:
+        raise UserError(
+            f"model.{field} is {value!r}; it must be one of {', '.join(map(repr, choices))}."
+        )

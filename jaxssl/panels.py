@@ -1,0 +1,140 @@
+"""Pictures of what the networks see and say: a sheet with a row per image, a column per view."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from jaxssl.contracts import IGNORE_LABEL, DataInfo
+
+_MIN_WIDTH, _MAX_WIDTH = (
+    256,
+    512,
+)  # of a tile; smaller ones grow by a whole factor, larger ones shrink
+_GAP, _LINE, _SWATCH = 8, 24, 14
+_PAPER, _INK, _GRAY = (255, 255, 255), (28, 30, 34), (110, 114, 122)
+_HATCH = np.array([[20, 21, 25], [92, 96, 106]], np.uint8)
+
+
+def panel(
+    rows: Sequence[Sequence[np.ndarray]],
+    info: DataInfo,
+    titles: Sequence[str],
+    *,
+    captions: Sequence[str] = (),
+) -> np.ndarray:
+    """Draws a contact sheet with column titles and a legend of the classes that it shows.
+
+    Args:
+      rows: for each row one tile per title: an image, uint8 `[h,w,3]`, or labels, uint8 `[h,w]`,
+        whose 255 (ignored in the truth, dropped by a threshold) is drawn dark and hatched.
+      info: class names and palette.
+      titles: of the columns.
+      captions: a line above each row, such as the id of its image.
+
+    Returns:
+      uint8 `[H,W,3]`.
+    """
+    tiles = [[_draw(tile, info) for tile, _ in zip(row, titles, strict=True)] for row in rows]
+    widths = [max(tile.width for tile in column) for column in zip(*tiles, strict=True)]
+    heights = [max(tile.height for tile in row) for row in tiles]
+    lefts = [_GAP + sum(widths[:i]) + i * _GAP for i in range(len(widths))]
+    width = sum(widths) + (len(widths) + 1) * _GAP
+    above = _LINE if captions else _GAP
+    body = _GAP + _LINE + sum(heights) + len(heights) * above
+    entries, legend_lines = _legend(_shown(rows, info), info, width)
+    sheet = Image.new("RGB", (width, body + _GAP + legend_lines * _LINE + _GAP), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for title, left in zip(titles, lefts, strict=True):
+        _write(pen, (left, _GAP + _LINE // 2), title, _INK, 15)
+    top = _GAP + _LINE
+    for i, row in enumerate(tiles):
+        if captions:
+            _write(pen, (_GAP, top + _LINE // 2), captions[i], _GRAY, 12)
+        top += above
+        for tile, left in zip(row, lefts, strict=True):
+            sheet.paste(tile, (left, top))
+        top += heights[i]
+    for (x, line), name, swatch in entries:
+        y = body + _GAP + line * _LINE
+        sheet.paste(swatch, (x, y + (_LINE - _SWATCH) // 2))
+        _write(pen, (x + _SWATCH + 6, y + _LINE // 2), name, _INK, 13)
+    return np.array(sheet)
+
+
+def write(
+    path: str | os.PathLike[str],
+    rows: Sequence[Sequence[np.ndarray]],
+    info: DataInfo,
+    titles: Sequence[str],
+    *,
+    captions: Sequence[str] = (),
+) -> np.ndarray:
+    """Writes `panel(...)` as a PNG file, whole or not at all, and returns it."""
+    picture, path = panel(rows, info, titles, captions=captions), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    Image.fromarray(picture).save(part, format="PNG")
+    part.replace(path)
+    return picture
+
+
+def _draw(tile: np.ndarray, info: DataInfo) -> Image.Image:
+    """The tile in color, at a size for looking at."""
+    size = _size(tile.shape[1], tile.shape[0])
+    if tile.ndim == 3:
+        # A small image grows pixel by pixel, as its labels do, so that one can compare them.
+        filter_ = Image.Resampling.NEAREST if size[0] > tile.shape[1] else Image.Resampling.BOX
+        return Image.fromarray(tile).resize(size, filter_)
+    label = np.array(Image.fromarray(tile).resize(size, Image.Resampling.NEAREST))
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: info.num_classes] = info.palette
+    y, x = np.indices(label.shape)
+    hatch = _HATCH[((x + y) % 8 < 2).astype(int)]
+    return Image.fromarray(np.where((label == IGNORE_LABEL)[..., None], hatch, palette[label]))
+
+
+def _size(width: int, height: int) -> tuple[int, int]:
+    if width > _MAX_WIDTH:
+        return _MAX_WIDTH, max(1, round(height * _MAX_WIDTH / width))
+    factor = math.ceil(_MIN_WIDTH / width)
+    return width * factor, height * factor
+
+
+def _shown(rows: Sequence[Sequence[np.ndarray]], info: DataInfo) -> list[int]:
+    labels = [np.unique(tile) for row in rows for tile in row if tile.ndim == 2]
+    shown = np.unique(np.concatenate(labels)).tolist() if labels else []
+    return [label for label in shown if label < info.num_classes or label == IGNORE_LABEL]
+
+
+def _legend(
+    labels: Sequence[int], info: DataInfo, width: int
+) -> tuple[list[tuple[tuple[int, int], str, Image.Image]], int]:
+    """((x, line), name, swatch) of each label, and how many lines they take."""
+    entries, x, line = [], _GAP, 0
+    for label in labels:
+        name = "ignored or dropped" if label == IGNORE_LABEL else info.classes[label]
+        step = _SWATCH + 6 + math.ceil(_font(13).getlength(name)) + 18
+        if x + step > width and x > _GAP:
+            x, line = _GAP, line + 1
+        swatch = _draw(np.full((1, 1), label, np.uint8), info).crop((0, 0, _SWATCH, _SWATCH))
+        entries.append(((x, line), name, swatch))
+        x += step
+    return entries, line + 1 if entries else 0
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, color: tuple[int, int, int], size: int
+) -> None:
+    pen.text(at, text, fill=color, font=_font(size), anchor="lm")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # every wheel of Pillow has FreeType
+    return font

@@ -1,0 +1,269 @@
+"""A run: the method's phases in order, from wherever the workdir stands."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxssl import config as configs
+from jaxssl import logs, methods, models, optim, sharding, train
+from jaxssl.checkpoint import Checkpoints
+from jaxssl.contracts import Plan, UserError, Variables, Weights
+from jaxssl.data import loading, pipeline
+from jaxssl.data.splits import Split
+from jaxssl.evaluate import Evaluator
+from jaxssl.signals import StopSignal
+from jaxssl.state import TEACHER, TrainState, create
+from jaxssl.sweep import fold
+from jaxssl.train import Run, Stopped
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
+    """Trains what the config says, resuming what the workdir holds.
+
+    Returns:
+      The exit code: 0, or 128 + the signal that ended the run after saving.
+
+    Raises:
+      UserError: a mistake in the config, the data or the workdir.
+    """
+    began = time.monotonic()
+    prepare_jax(config)
+    path = Path(workdir).expanduser().absolute()
+    main_process = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(logs.create_console(main_process=main_process))
+        stop = stack.enter_context(StopSignal(jax.process_count()))
+        current = build(config, path, console, stop, stack)
+        try:
+            train_all(current)
+        except Stopped as stopped:
+            current.checkpoints.wait()
+            console.message(f"Saved. The same command goes on from here: --workdir={path}")
+            return 128 + stopped.signal
+        current.checkpoints.wait()
+        _report(current, time.monotonic() - began)
+    return 0
+
+
+def build(
+    config: ConfigDict, workdir: Path, console: logs.Console, stop: StopSignal, stack: contextlib.ExitStack
+) -> Run:
+    """Opens data, networks and workdir; every mistake that can be found before training is found here.
+
+    Args:
+      config: of the run.
+      workdir: is made, with what describes the run; a workdir of another config is refused.
+      console: shows progress.
+      stop: says when to leave.
+      stack: closes what is opened.
+    """
+    method = methods.load(config.method)
+    split, sources = loading.training_sets(config.data)
+    sources["val"] = loading.load(config.data, "val", labels=True)
+    info = sources["labeled"].info
+    mesh = sharding.make_mesh()
+    nets = {
+        name: models.load(configs.model_of(config, name), info.num_classes) for name in method.students
+    }
+    plan = Plan(
+        sizes={name: len(source) for name, source in sources.items()},
+        batch={"labeled": config.batch.labeled, "unlabeled": config.batch.unlabeled},
+        num_classes=info.num_classes,
+        steps=config.steps,
+        epochs=config.epochs,
+        warmup=config.warmup,
+    )
+    main_process = jax.process_index() == 0
+    open_workdir(workdir, config, split, main_process=main_process)
+    tensorboard = config.log.tensorboard
+    current = Run(
+        config=config,
+        workdir=workdir,
+        method=method,
+        phases=method.phases(plan),
+        nets=nets,
+        optimizer=optim.make_optimizer(config.optimizer),
+        schedule=optim.make_schedule(config.optimizer),
+        sources=sources,
+        mesh=mesh,
+        evaluator=Evaluator(nets, sources["val"], mesh, config.eval),
+        checkpoints=stack.enter_context(Checkpoints(workdir / "checkpoints")),
+        logger=stack.enter_context(
+            logs.Logger(workdir, main_process=main_process, tensorboard=tensorboard)
+        ),
+        console=console,
+        stop=stop,
+    )
+    console.message(
+        f"{config.method.name}: {len(sources['labeled'])} labeled ({split.family}), "
+        f"{len(sources['unlabeled'])} unlabeled, {len(sources['val'])} validation images; "
+        + ", ".join(f"{phase.name} {phase.steps} steps" for phase in current.phases)
+        + f"; {mesh.size} {jax.devices()[0].platform} device(s)"
+    )
+    return current
+
+
+def train_all(run: Run) -> TrainState:
+    """Trains every phase that is not behind the newest checkpoint."""
+    index, state = restore_or_create(run)
+    for i in range(index, len(run.phases)):
+        frozen = {name: read_weights(run, weights) for name, weights in run.phases[i].frozen.items()}
+        if int(state.step) == run.begin(i) and i > 0:
+            state = enter(run, i, state)
+        if int(state.step) < run.begin(i + 1):
+            state = train.train_phase(run, i, state, frozen)
+    return state
+
+
+def restore_or_create(run: Run) -> tuple[int, TrainState]:
+    """The newest checkpoint with the phase that it belongs to, or a new state and the first phase."""
+    latest = run.checkpoints.latest()
+    run.logger.rewind(-1 if latest is None else latest[0])
+    if latest is None:
+        make = jax.jit(functools.partial(make_state, run, 0), out_shardings=sharding.replicated(run.mesh))
+        return 0, make()
+    step, meta = latest
+    phases = [[phase.name, phase.steps] for phase in run.phases]
+    if meta["phases"] != phases:
+        raise UserError(
+            f"{run.workdir} was trained in the phases {meta['phases']}, this run has {phases}. "
+            "The data or the library changed: choose another --workdir."
+        )
+    run.best.update(meta["best"])
+    index = next(i for i in range(len(phases)) if run.begin(i) < step <= run.begin(i + 1))
+    state = run.checkpoints.restore(step, abstract_state(run, index))
+    if int(state.step) != step:
+        raise UserError(f"The checkpoint {step} in {run.workdir} holds step {int(state.step)}. Delete it.")
+    run.console.message(f"Resumed at step {step} of {run.begin(len(phases))}, in phase {meta['phase']}.")
+    return index, state
+
+
+def make_state(run: Run, index: int) -> TrainState:
+    """A new state with optimizers for a phase's networks; pure."""
+    key = jax.random.key(run.config.seed)
+    return create(
+        run.method, run.nets, run.optimizer, run.phases[index].train, key, tuple(run.config.crop)
+    )
+
+
+def abstract_state(run: Run, index: int) -> TrainState:
+    """Shapes and shardings of the state in a phase."""
+    shapes = jax.eval_shape(functools.partial(make_state, run, index))
+    return sharding.abstract(shapes, sharding.replicated(run.mesh))
+
+
+def enter(run: Run, index: int, state: TrainState) -> TrainState:
+    """The state as a phase starts with it, from the end of the one before."""
+    phase = run.phases[index]
+    for name, weights in phase.start.items():
+        state = state.with_network(name, read_weights(run, weights))
+    for name in phase.reinitialize:
+        number = run.method.students.index(name)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), number), index)
+        state = state.with_network(name, run.nets[name].init(key, tuple(run.config.crop)))
+    extra = sweep_all(run, index, state)
+
+    def start(state: TrainState, extra: Mapping[str, Any]) -> TrainState:
+        kept = state.opt_state if phase.optimizer == "continue" else {}
+        opt_state = {
+            name: kept[name] if name in kept else run.optimizer.init(state.params[name])
+            for name in phase.train
+        }
+        # A teacher that starts as its student must not share its buffers: the step donates both.
+        return jax.tree.map(jnp.copy, state.replace(opt_state=opt_state, extra=extra))  # pyright: ignore
+
+    return jax.jit(start, out_shardings=sharding.replicated(run.mesh))(state, extra)
+
+
+def sweep_all(run: Run, index: int, state: TrainState) -> Mapping[str, Any]:
+    """Runs a phase's sweeps in order; the method's arrays as the last one leaves them."""
+    extra, results = state.extra, {}
+    for sweep in run.phases[index].sweeps:
+        networks = {name: read_weights(run, weights) for name, weights in sweep.networks.items()}
+        update = jax.jit(functools.partial(sweep.update, run.nets, networks))
+        batches = pipeline.in_order(
+            run.sources[sweep.source],
+            run.config.eval.batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        results[sweep.name] = fold(update, sweep.init(results), batches, run.mesh)
+        extra = sweep.finish(results[sweep.name], extra)
+    return extra
+
+
+def read_weights(run: Run, weights: Weights) -> Variables:
+    """Reads one network of an earlier phase from its checkpoint."""
+    student = weights.network.removeprefix(TEACHER)
+    prefix = TEACHER if weights.network.startswith(TEACHER) else ""
+    index = [phase.name for phase in run.phases].index(weights.phase)
+    run.checkpoints.wait()
+    shapes, step = abstract_state(run, index).network(weights.network), run.step_of(weights)
+    params = run.checkpoints.restore_part(step, (f"{prefix}params", student), shapes.params)
+    return Variables(params, run.checkpoints.restore_part(step, (f"{prefix}stats", student), shapes.stats))
+
+
+def open_workdir(workdir: Path, config: ConfigDict, split: Split, *, main_process: bool) -> None:
+    """Writes what describes the run, or makes sure that the workdir belongs to it."""
+    current = json.loads(config.to_json_best_effort())
+    stored = workdir / "config.json"
+    if stored.exists():
+        different = configs.differences(json.loads(stored.read_text()), current)
+        if different:
+            raise UserError(
+                f"{workdir} belongs to another config. Choose another --workdir, or set back:\n  "
+                + "\n  ".join(different)
+            )
+    elif (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists():
+        raise UserError(f"{workdir} holds a run without its config.json. Choose another --workdir.")
+    splits = workdir / "splits.json"
+    if splits.exists() and Split.from_json(splits.read_text()) != split:
+        raise UserError(
+            f"The images differ from those in {splits}: the data changed since the run began. "
+            "Restore them, or choose another --workdir."
+        )
+    if main_process:
+        workdir.mkdir(parents=True, exist_ok=True)
+        stored.write_text(json.dumps(current, indent=1) + "\n")
+        splits.write_text(split.to_json())
+        (workdir / "environment.json").write_text(json.dumps(logs.environment(), indent=1) + "\n")
+
+
+def prepare_jax(config: ConfigDict) -> None:
+    """Joins the other processes, and keeps compiled programs for the next start."""
+    if config.distributed:
+        jax.distributed.initialize()
+    cache = config.compilation_cache
+    if cache == "auto":
+        home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        cache = os.path.expanduser(os.path.join(home, "jaxssl", "compilation"))
+    if cache and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def _report(run: Run, seconds: float) -> None:
+    """Ends a run by saying its result, where the pictures are, and what to do next."""
+    last = run.phases[-1]
+    step, best = run.begin(len(run.phases)), run.best[last.name]
+    minutes, seconds = divmod(round(seconds), 60)
+    lines = [
+        f"Done: step {step}, {minutes}:{seconds:02d} min. Network {best['network']} on val, "
+        f"{run.config.eval.mode} image: mIoU {100 * best['last']:.2f} at the end, "
+        f"{100 * best['miou']:.2f} at its best (step {best['step']}).",
+        f"Metrics:  {run.workdir / 'metrics.jsonl'}  (tensorboard --logdir {run.workdir / 'tensorboard'})",
+    ]
+    if run.config.eval.panels:
+        lines.append(f"Pictures: {train.panel_path(run.workdir, step)}")
+    lines += [f"Next:     {hint}" for hint in run.config.get("next", ())]
+    run.console.message("\n".join(lines))

@@ -1,0 +1,54 @@
+"""Where arrays live: one mesh axis, batches split along it, everything else on every device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxssl.contracts import UserError
+
+AXIS = "data"
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices (or the given ones) with the one axis "data".
+
+    Its axis is of type Auto: the compiler decides how an array is split between the annotations.
+    """
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batched(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def to_devices(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays from each process's contiguous block of rows, given as a tree of NumPy arrays."""
+    sharding = batched(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def check_batch(name: str, size: int, mesh: Mesh) -> None:
+    """Refuses a batch that the devices cannot share evenly."""
+    if size % mesh.size:
+        raise UserError(
+            f"batch.{name}={size} cannot be split evenly over {mesh.size} devices. "
+            f"Choose a multiple of {mesh.size}."
+        )
+
+
+def abstract(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes and dtypes of a tree, each with `sharding`: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

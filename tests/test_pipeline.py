@@ -1,0 +1,300 @@
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxssl.contracts import DataInfo, Record, Stream, UserError
+from jaxssl.data.pipeline import Feed, batches, in_order
+from jaxssl.data.transforms import Augment
+
+SHARED_MEMORY = Path("/dev/shm")
+AUGMENT = Augment((9, 11), (0.7, 1.6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """Image i is of color i, label i and sizes[i]."""
+
+    sizes: tuple[tuple[int, int], ...]
+    broken: int = -1
+    info = DataInfo(("thing",), ((0, 0, 0),))
+
+    @property
+    def ids(self):
+        return tuple(f"{i:03d}" for i in range(len(self.sizes)))
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise UserError(f"The file {index}.png cannot be read.")
+        image = np.full((*self.sizes[index], 3), index, np.uint8)
+        # A mark that shows the crop and the flip.
+        image[:, :, 1] = np.arange(image.shape[1])
+        return Record(image=image, label=image[..., 0], id=self.ids[index])
+
+
+LABELED = Feed(Stream("labeled", 4), Numbered(((12, 16),) * 10), AUGMENT)
+UNLABELED = Feed(Stream("unlabeled", 6, labels=None), Numbered(((10, 14),) * 13), AUGMENT)
+
+
+def run(feeds=(LABELED, UNLABELED), start=0, steps=6, **options):
+    options = {"seed": 3, "phase_index": 0} | options
+    with batches(feeds, start=start, steps=steps, **options) as iterator:
+        return list(iterator)
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The first six batches of one process."""
+    return run()
+
+
+def test_batches_hold_what_the_contract_says(expected):
+    for batch in expected:
+        assert list(batch) == ["labeled", "unlabeled"]
+        assert set(batch["labeled"]) == {"image", "label", "valid", "index"}
+        assert set(batch["unlabeled"]) == {"image", "valid", "index"}
+        for arrays, rows in ((batch["labeled"], 4), (batch["unlabeled"], 6)):
+            assert arrays["image"].shape == (rows, 9, 11, 3)
+            assert arrays["valid"].shape == (rows, 9, 11)
+            assert arrays["image"].dtype == np.uint8
+            assert arrays["valid"].dtype == bool
+            assert arrays["index"].dtype == np.int32
+            # The color of the image tells its position.
+            expected_color = np.where(arrays["valid"], arrays["index"][:, None, None], 0)
+            np.testing.assert_array_equal(arrays["image"][..., 0], expected_color)
+        label = batch["labeled"]["index"][:, None, None]
+        label = np.where(batch["labeled"]["valid"], label, 255)
+        np.testing.assert_array_equal(batch["labeled"]["label"], label)
+
+
+def test_every_epoch_takes_each_image_once():
+    indices = [int(i) for batch in run(steps=30) for i in batch["labeled"]["index"]]
+    epochs = [tuple(indices[i : i + 10]) for i in range(0, 120, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 12
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_batch_is_a_function_of_the_step(expected, start):
+    assert_equal(run(start=start), expected[start:])
+    assert run(start=6) == []
+    far = 10**7
+    assert len(run(start=far, steps=far + 1)) == 1
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_processes_take_contiguous_blocks(expected, start):
+    halves = [run(start=start, process_index=i, process_count=2) for i in range(2)]
+    joined = [
+        {s: {n: np.concatenate([a[s][n], b[s][n]]) for n in a[s]} for s in a}
+        for a, b in zip(*halves, strict=True)
+    ]
+    assert_equal(joined, expected[start:])
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_threads_change_nothing(expected, threads):
+    assert_equal(run(threads=threads), expected)
+
+
+@pytest.mark.parametrize("changed", [{"seed": 4}, {"phase_index": 1}])
+def test_seeds_and_phases_differ(expected, changed):
+    other = run(**changed)
+    for stream in ("labeled", "unlabeled"):
+        orders = [[tuple(b[stream]["index"]) for b in series] for series in (expected, other)]
+        assert orders[0] != orders[1]
+
+
+def test_streams_of_the_same_images_are_shuffled_apart():
+    feeds = [dataclasses.replace(LABELED, stream=Stream(name, 5)) for name in ("a", "b")]
+    orders = [[tuple(batch[name]["index"]) for batch in run(feeds)] for name in ("a", "b")]
+    assert orders[0] != orders[1]
+
+
+def test_parts_divide_the_images():
+    seen = []
+    for part in ((0.0, 0.5), (0.5, 1.0)):
+        feed = dataclasses.replace(LABELED, stream=Stream("labeled", 5, part=part))
+        seen.append({int(i) for batch in run([feed]) for i in batch["labeled"]["index"]})
+    assert [len(part) for part in seen] == [5, 5]
+    assert seen[0] | seen[1] == set(range(10))
+    feed = dataclasses.replace(LABELED, stream=Stream("labeled", 5, part=(0.5, 1.0)))
+    later = {int(i) for batch in run([feed], phase_index=4) for i in batch["labeled"]["index"]}
+    assert later == seen[1]
+
+
+def test_stream_changes_the_augmentation():
+    stream = Stream("labeled", 4, augment={"crop": (5, 7)})
+    (batch,) = run([dataclasses.replace(LABELED, stream=stream)], steps=1)
+    assert batch["labeled"]["image"].shape == (4, 5, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "message"),
+    [(11, 1, r"takes 11 images.*10.*--config\.batch\.labeled"), (5, 2, "multiple of 2")],
+)
+def test_impossible_batches_are_refused(batch, processes, message):
+    feed = dataclasses.replace(LABELED, stream=Stream("labeled", batch))
+    with pytest.raises(UserError, match=message):
+        run([feed], process_count=processes)
+
+
+def children():
+    return [process.pid for process in multiprocessing.active_children()]
+
+
+def test_workers_change_nothing_and_leave_nothing(expected):
+    """A resumed run with workers gives the same arrays, and closing early ends everything."""
+    with batches(
+        (LABELED, UNLABELED), seed=3, phase_index=0, start=2, steps=10**6, workers=2
+    ) as iterator:
+        assert_equal(list(itertools.islice(iterator, 4)), expected[2:])
+        assert len(children()) == 2
+    assert not children()
+    assert next(iterator, None) is None
+    iterator.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_the_source_arrive(workers):
+    feed = dataclasses.replace(LABELED, source=Numbered(((12, 16),) * 10, broken=4))
+    with pytest.raises(UserError) as error:
+        run([feed], workers=workers)
+    assert str(error.value) == "The file 4.png cannot be read."
+    assert not children()
+
+
+def test_death_of_a_worker_is_one_message():
+    with batches([LABELED], seed=0, phase_index=0, start=0, steps=10**6, workers=1) as iterator:
+        next(iterator)
+        (pid,) = children()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"worker process died.*-9"):
+            list(itertools.islice(iterator, 20))
+
+
+TRAINER = """
+    from tests_pipeline import LABELED, batches, children, dataclasses
+
+    if __name__ == "__main__":
+        feed = dataclasses.replace(LABELED, augment=LABELED.augment.__class__({crop}))
+        with batches([feed], seed=0, phase_index=0, start=0, steps={steps}, workers=2) as iterator:
+            for k, batch in enumerate(iterator):
+                if k == 3:
+                    print(*children(), flush=True)
+        print("closed", flush=True)
+"""
+
+
+def trainer(folder, crop, steps):
+    """A Python that iterates with two workers, without pytest and without absl's flags."""
+    script = folder / "trainer.py"
+    script.write_text(textwrap.dedent(TRAINER).format(crop=crop, steps=steps))
+    (folder / "tests_pipeline.py").write_text(Path(__file__).read_text())
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
+    )
+
+
+def is_alive(pid):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    return False
+
+
+def shared_files(size):
+    """Files in shared memory of exactly this size, which tells them from other programs'."""
+    sizes = {}
+    for path in SHARED_MEMORY.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            sizes[path] = path.stat().st_size
+    return {path for path, found in sizes.items() if found == size}
+
+
+def test_finished_run_writes_nothing_to_stderr(tmp_path):
+    process = trainer(tmp_path, crop=(9, 11), steps=8)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.endswith("closed\n")
+    assert errors == ""
+
+
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="needs Linux")
+def test_killed_run_leaves_nothing_behind(tmp_path):
+    crop, size = (37, 53), 4 * 37 * 53 * 3
+    process = trainer(tmp_path, crop, steps=10**6)
+    assert process.stdout is not None
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    assert all(is_alive(pid) for pid in workers)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and (any(map(is_alive, workers)) or shared_files(size)):
+        time.sleep(0.1)
+    assert not any(map(is_alive, workers))
+    assert not shared_files(size)
+
+
+def rows(batch):
+    """Indices of a batch's images, after a check of what belongs to each."""
+    for index, image, valid, label in zip(
+        batch["index"], batch["image"], batch["valid"], batch["label"], strict=True
+    ):
+        assert (valid == (index >= 0)).all()
+        assert (label == (index if index >= 0 else 255)).all()
+        assert (image[..., 0] == max(index, 0)).all()
+    return batch["index"].tolist()
+
+
+def test_in_order_gives_each_image_once():
+    source = Numbered(((6, 8),) * 5)
+    got = list(in_order(source, 2))
+    assert [rows(batch) for batch in got] == [[0, 1], [2, 3], [4, -1]]
+    assert {batch["image"].shape for batch in got} == {(2, 6, 8, 3)}
+    assert list(in_order(Numbered(()), 2)) == []
+
+
+def test_in_order_groups_sizes():
+    sizes = ((6, 8),) * 3 + ((8, 6),) + ((6, 8),) * 2
+    got = list(in_order(Numbered(sizes), 2))
+    assert [rows(batch) for batch in got] == [[0, 1], [2, -1], [3, -1], [4, 5]]
+    assert [batch["image"].shape[1:3] for batch in got] == [(6, 8), (6, 8), (8, 6), (6, 8)]
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
+def test_in_order_shares_batches_between_processes(count):
+    source = Numbered(((6, 8),) * count)
+    shares = [list(in_order(source, 4, process_index=i, process_count=2)) for i in range(2)]
+    together = [rows(a) + rows(b) for a, b in zip(*shares, strict=True)]
+    padded = [*range(count), *[-1] * (-count % 4)]
+    assert together == [padded[i : i + 4] for i in range(0, len(padded), 4)]
+
+
+def test_in_order_refuses_sizes_that_differ_between_processes():
+    source = Numbered(((6, 8),) * 3 + ((8, 6),))
+    with pytest.raises(UserError, match="differ in size"):
+        list(in_order(source, 2, process_index=1, process_count=2))

@@ -1,0 +1,137 @@
+import hashlib
+import random
+
+import pytest
+
+from jaxssl.contracts import UserError
+from jaxssl.data import splits
+
+IDS = tuple(f"city_{i:06d}_000019" for i in range(2975))
+DATA = {"split": "1_8", "seed": 1}
+
+
+def sha(ids):
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{0}\n{1}\n",
+        "leftImg8bit/train/city/{0}_leftImg8bit.png\nleftImg8bit/train/city/{1}_leftImg8bit.png",
+        "train/city/{0}_leftImg8bit.png gtFine/train/city/{0}_gtFine_labelTrainIds.png\n"
+        "train/city/{1}_leftImg8bit.png gtFine/train/city/{1}_gtFine_labelTrainIds.png\n",
+        "/images/{1}_leftImg8bit.png\t/labels/{1}.png\r\n/images/{0}_leftImg8bit.png\t/{0}.png\r\n",
+        "JPEGImages/{0}.jpg SegmentationClassAug/{0}.png\n\n{1}\n{0}\n",
+    ],
+)
+def test_forms_of_list_files(tmp_path, text):
+    path = tmp_path / "labeled.txt"
+    path.write_text(text.format("city_000001_000019", "2007_000032"), newline="")
+    assert splits.read_list(path) == ("2007_000032", "city_000001_000019")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\x89PNG\xff"])
+def test_useless_list_is_refused(tmp_path, content):
+    path = tmp_path / "labeled.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"labeled\.txt"):
+        splits.read_list(path)
+    with pytest.raises(UserError, match=r"absent\.txt"):
+        splits.read_list(tmp_path / "absent.txt")
+
+
+def test_fingerprint():
+    assert splits.fingerprint(["b", "a", "b"]) == "7e18f737311b2dc3"  # printf 'a\nb' | sha256sum
+
+
+def test_recognize(monkeypatch):
+    published = splits._published()
+    assert len(published) == 98
+    cps = "cps 1-16 labeled (DATA/city/config_new/subset_train/train_aug_labeled_1-16.txt)"
+    unimatch = "unimatch 1_16 labeled (splits/cityscapes/1_16/labeled.txt)"
+    assert published["1e5363dd012cdc46"] == f"{cps}; {unimatch}"
+    monkeypatch.setattr(splits, "_published", lambda: {sha(IDS[:3]): "mine 3"})
+    assert splits.recognize(IDS[:3]) == "mine 3"
+    assert splits.recognize(IDS[:4]) is None
+
+
+@pytest.mark.parametrize(
+    ("split", "count"),
+    [("1_16", 186), ("1_8", 372), ("1_4", 744), ("1_2", 1488), ("100", 100), ("all", 2975)],
+)
+def test_make_counts(split, count):
+    labeled, unlabeled = splits.make(IDS, split, seed=0)
+    assert len(labeled) == count
+    assert set(labeled).isdisjoint(unlabeled)
+    assert tuple(sorted(labeled + unlabeled)) == IDS
+    assert list(labeled) == sorted(labeled)
+    assert list(unlabeled) == sorted(unlabeled)
+
+
+def test_make_is_nested_seeded_and_independent_of_order():
+    by_hash = sorted(IDS, key=lambda i: hashlib.sha256(f"7/{i}".encode()).hexdigest())
+    shuffled = random.Random(0).sample(IDS, len(IDS))
+    for split, count in (("1_16", 186), ("1_8", 372), ("1_4", 744)):
+        assert splits.make(shuffled, split, 7)[0] == tuple(sorted(by_hash[:count]))
+    assert splits.make(IDS, "1_16", 7) != splits.make(IDS, "1_16", 8)
+
+
+def test_overlap_only_if_asked():
+    labeled, unlabeled = splits.make(IDS, "1_8", 0, overlap=True)
+    assert len(labeled) == 372
+    assert unlabeled == IDS
+
+
+@pytest.mark.parametrize("split", ["1_0", "half", "0", "0_8", "2975", "3000", "1_9999", "-1"])
+def test_impossible_split_is_refused(split):
+    with pytest.raises(UserError, match=r"data\.split"):
+        splits.make(IDS, split, 0)
+
+
+def write(path, ids):
+    path.write_text("\n".join(ids))
+    return str(path)
+
+
+def test_choose_reads_lists(tmp_path):
+    labeled = write(tmp_path / "labeled.txt", IDS[5:9])
+    split = splits.choose(DATA | {"labeled_list": labeled}, IDS)
+    assert split.labeled == IDS[5:9]
+    assert split.unlabeled == IDS[:5] + IDS[9:]
+    assert split.family == f"list {labeled}"
+    assert split.seed is None
+
+    unlabeled = write(tmp_path / "unlabeled.txt", (*IDS[20:30], "extra_1"))
+    both = DATA | {"labeled_list": labeled, "unlabeled_list": unlabeled}
+    assert splits.choose(both, IDS, ["extra_1"]).unlabeled == (*IDS[20:30], "extra_1")
+
+
+def test_choose_adds_extra_images_to_the_unlabeled():
+    split = splits.choose(DATA, IDS, ["a_extra"])
+    assert split.labeled == splits.make(IDS, "1_8", 1)[0]
+    assert split.unlabeled == ("a_extra", *splits.make(IDS, "1_8", 1)[1])
+    assert split.family == "jaxssl 1_8"
+    assert splits.choose(DATA | {"split": "all"}, IDS, ["a_extra"]).unlabeled == ("a_extra",)
+
+
+def test_choose_names_overlapping_and_unknown_ids(tmp_path):
+    data = DATA | {
+        "labeled_list": write(tmp_path / "labeled.txt", IDS[:4]),
+        "unlabeled_list": write(tmp_path / "unlabeled.txt", IDS[3:8]),
+    }
+    with pytest.raises(UserError, match=f"1 images.*{IDS[3]}"):
+        splits.choose(data, IDS)
+    assert splits.choose(data | {"overlap": True}, IDS).unlabeled == IDS[3:8]
+    with pytest.raises(UserError, match=rf"labeled\.txt: 2 of 4 .*{IDS[0]}"):
+        splits.choose(data, IDS[2:])
+
+
+def test_json_round_trip():
+    split = splits.choose(DATA, IDS[:40])
+    text = split.to_json()
+    assert splits.Split.from_json(text) == split
+    assert split.hash == {"labeled": sha(split.labeled), "unlabeled": sha(split.unlabeled)}
+    for damaged in (text.replace(split.labeled[0], "other"), text[:50], "{}"):
+        with pytest.raises(UserError, match=r"splits\.json"):
+            splits.Split.from_json(damaged)
