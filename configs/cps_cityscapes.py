@@ -1,18 +1,20 @@
 """CPS on Cityscapes: two students teach each other, on CutMix images; MKD's co-training baseline.
 
 Command:
-  python -m jaxssl.main --config=configs/cps_cityscapes.py:1_16,r50 --workdir=W --config.data.root=DIR
-  python -m jaxssl.main --config=configs/cps_cityscapes.py:streets --workdir=W     (nothing to download)
+  python -m jaxssl.main --config=configs/cps_cityscapes.py:1_16,r50 --workdir=W
+  --config.data.root=DIR python -m jaxssl.main --config=configs/cps_cityscapes.py:streets
+  --workdir=W     (nothing to download)
 
-Cost: two networks a step, and a pass of each for the pseudo-labels of CutMix: about four times a supervised step.
+Cost: two networks a step, and a pass of each for the pseudo-labels of CutMix: about four times a
+supervised step.
 
 Published (Table 2 of the MKD paper, with CutMix, mIoU on val, single scale):
               1_16    1_8     1_4     1_2
   r50        74.47   76.61   77.83   78.77
   r101       74.72   77.62   79.21   80.2
 
-The weight 5 is that of the authors' released Cityscapes configuration. Crop, batch and schedule here are those of
-mkd_cityscapes.py, so that the two compare; the authors' own differ.
+The weight 5 is that of the authors' released Cityscapes configuration. Crop, batch and schedule
+here are those of mkd_cityscapes.py, so that the two compare; the authors' own differ.
 """
 
 from ml_collections import ConfigDict
@@ -20,12 +22,14 @@ from ml_collections import ConfigDict
 from jaxssl import config as configs
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> configs.Config:
     variant = configs.choose(
         arg, split=("1_16", "1_8", "1_4", "1_2"), backbone=("r50", "r101"), data=("streets",)
     )
     config = configs.cityscapes(variant["split"], variant["backbone"])
-    config.method = ConfigDict({"name": "cps", "weight": 5.0, "cutmix": True, "auxiliary_weight": 0.4})
+    config.method = ConfigDict(
+        {"name": "cps", "weight": 5.0, "cutmix": True, "auxiliary_weight": 0.4}
+    )
     if variant["data"] == "streets":
         configs.use_streets(config, variant["split"])
         config.method.weight = 1.0

@@ -1,12 +1,14 @@
 """MKD on Cityscapes: mutual knowledge distillation, as the paper trains it.
 
 Command:
-  python -m jaxssl.main --config=configs/mkd_cityscapes.py:1_16,r101 --workdir=W --config.data.root=DIR
-  python -m jaxssl.main --config=configs/mkd_cityscapes.py:streets --workdir=W     (nothing to download)
+  python -m jaxssl.main --config=configs/mkd_cityscapes.py:1_16,r101 --workdir=W
+  --config.data.root=DIR python -m jaxssl.main --config=configs/mkd_cityscapes.py:streets
+  --workdir=W     (nothing to download)
 
-Cost: four networks a step, about six times a supervised step. The paper used four A100 for 16 + 16 crops of 512x1024
-  without saying how long (80k steps are our choice); on smaller machines set --config.model.dtype=bfloat16,
-  --config.model.remat and --config.batch.accumulate.
+Cost: four networks a step, about six times a supervised step. The paper used four A100 for 16 + 16
+crops of 512x1024
+  without saying how long (80k steps are our choice); on smaller machines set
+  --config.model.dtype=bfloat16, --config.model.remat and --config.batch.accumulate.
 
 Published (Table 2, mIoU on val, single scale):
               1_16    1_8     1_4     1_2
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict, config_dict
 from jaxssl import config as configs
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> configs.Config:
     variant = configs.choose(
         arg, split=("1_16", "1_8", "1_4", "1_2"), backbone=("r50", "r101"), data=("streets",)
     )

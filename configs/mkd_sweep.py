@@ -1,12 +1,13 @@
 """The rows of MKD's ablations, Tables 3, 4 and 5, as overrides of an MKD config.
 
 Command:
-  python launch/sweep.py --sweep=configs/mkd_sweep.py --config=configs/mkd_cityscapes.py:streets --workdir=W
+  python launch/sweep.py --sweep=configs/mkd_sweep.py --config=configs/mkd_cityscapes.py:streets
+  --workdir=W
 
 runs every row in a folder of its own and prints a table; --dry_run prints the commands instead.
 
-The published figures are mIoU on VOC 2012 val, 1/16 of the augmented set (662 labels). The rows of Table 3 switch
-parts on one at a time; only the last two combine them.
+The published figures are mIoU on VOC 2012 val, 1/16 of the augmented set (662 labels). The rows of
+Table 3 switch parts on one at a time; only the last two combine them.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +26,14 @@ def get_rows() -> list[Row]:
 
 
 def _table_3() -> list[Row]:
-    def row(name: str, published: float, *, teacher: str = "none", strong: bool = False, features: bool = False) -> Row:
+    def row(
+        name: str,
+        published: float,
+        *,
+        teacher: str = "none",
+        strong: bool = False,
+        features: bool = False,
+    ) -> Row:
         overrides = {
             "method.teacher": teacher,
             "method.strong": strong,
@@ -69,6 +77,10 @@ def _table_5() -> list[Row]:
         2.0: (73.49, 75.64),
     }
     return [
-        Row(f"table5/beta_{beta}", {"method.alpha": 1.5, "method.beta": beta}, {"r50": r50, "r101": r101})
+        Row(
+            f"table5/beta_{beta}",
+            {"method.alpha": 1.5, "method.beta": beta},
+            {"r50": r50, "r101": r101},
+        )
         for beta, (r50, r101) in published.items()
     ]

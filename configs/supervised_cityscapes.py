@@ -1,9 +1,10 @@
 """Supervised training on Cityscapes' labeled images alone: the baseline of every table.
 
 Command:
-  python -m jaxssl.main --config=configs/supervised_cityscapes.py:1_16,r50 --workdir=W --config.data.root=DIR
-  python -m jaxssl.main --config=configs/supervised_cityscapes.py:streets --workdir=W     (nothing to download)
-  python -m jaxssl.main --config=configs/supervised_cityscapes.py:streets,all --workdir=W   (every label)
+  python -m jaxssl.main --config=configs/supervised_cityscapes.py:1_16,r50 --workdir=W
+  --config.data.root=DIR python -m jaxssl.main --config=configs/supervised_cityscapes.py:streets
+  --workdir=W     (nothing to download) python -m jaxssl.main
+  --config=configs/supervised_cityscapes.py:streets,all --workdir=W   (every label)
 
 Cost: one network a step.
 
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from jaxssl import config as configs
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
+def get_config(arg: str | None = None) -> configs.Config:
     variant = configs.choose(
         arg, split=("1_16", "1_8", "1_4", "1_2", "all"), backbone=("r50", "r101"), data=("streets",)
     )

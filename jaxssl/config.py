@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
 from jaxssl.contracts import UserError
 
+Config: TypeAlias = Any
+"""A ConfigDict. Its attributes are known at run time alone, so type checkers see nothing in it."""
+
 MAY_CHANGE = frozenset(
-    {"checkpoint", "compilation_cache", "data.root", "data.threads", "data.workers", "distributed", "eval", "log"}
+    {
+        "checkpoint",
+        "compilation_cache",
+        "data.root",
+        "data.threads",
+        "data.workers",
+        "distributed",
+        "eval",
+        "log",
+    }
 )
 """Keys (or sections) that do not change what is computed: a run may be resumed with others."""
 
 
-def default() -> ConfigDict:
+def default() -> Config:
     """Every key there is; a config file changes some and adds `method`."""
     model = ConfigDict(
         {
@@ -85,18 +97,18 @@ def default() -> ConfigDict:
     )
 
 
-def _overrides(model: ConfigDict) -> ConfigDict:
+def _overrides(model: Config) -> Config:
     """The keys of `model`, all unset: a student takes the model's value."""
     return ConfigDict({key: config_dict.placeholder(type(value)) for key, value in model.items()})
 
 
-def model_of(config: ConfigDict, student: str) -> dict[str, Any]:
+def model_of(config: Config, student: str) -> dict[str, Any]:
     """The model section as one student has it: `model`, and what `model_<student>` sets."""
     own = config.get(f"model_{student}", ConfigDict())
     return {**config.model, **{key: value for key, value in own.items() if value is not None}}
 
 
-def cityscapes(split: str | None, backbone: str | None) -> ConfigDict:
+def cityscapes(split: str | None, backbone: str | None) -> Config:
     """The default config with what MKD's paper says of Cityscapes; the number of steps is ours.
 
     Args:
@@ -112,8 +124,9 @@ def cityscapes(split: str | None, backbone: str | None) -> ConfigDict:
     return config
 
 
-def use_streets(config: ConfigDict, split: str | None) -> None:
-    """Swaps in the embedded street scenes, and a network that trains on them in minutes on a laptop.
+def use_streets(config: Config, split: str | None) -> None:
+    """Swaps in the embedded street scenes, and a network that trains on them in minutes on a
+    laptop.
 
     Args:
       config: is changed.
@@ -121,7 +134,12 @@ def use_streets(config: ConfigDict, split: str | None) -> None:
     """
     with config.unlocked():
         config.data.update(
-            name="streets", root="", split=split or "16", size=(64, 128), train_count=400, val_count=100
+            name="streets",
+            root="",
+            split=split or "16",
+            size=(64, 128),
+            train_count=400,
+            val_count=100,
         )
     config.model.update(
         backbone="resnet10",
@@ -160,7 +178,9 @@ def choose(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str | None]:
             known = ", ".join(word for words in groups.values() for word in words)
             raise UserError(f"Unknown variant {word!r}. There are: {known}.")
         if chosen[group] is not None:
-            raise UserError(f"The variants {chosen[group]!r} and {word!r} exclude each other. Choose one.")
+            raise UserError(
+                f"The variants {chosen[group]!r} and {word!r} exclude each other. Choose one."
+            )
         chosen[group] = word
     return chosen
 

@@ -1,11 +1,11 @@
 """The types that every part of the library shares.
 
-An experiment is a tuple of phases. A phase may sweep over the data first, then trains. A training step is a pure
-function of arrays, and a `Method` says what its networks learn from. Nothing here imports jax, so that the data
-pipeline and its worker processes can use these types too.
+An experiment is a tuple of phases. A phase may sweep over the data first, then trains. A training
+step is a pure function of arrays, and a `Method` says what its networks learn from. Nothing here
+imports jax, so that the data pipeline and its worker processes can use these types too.
 
-Shapes: B, H, W, C are batch, height, width and classes. Images are `[B, H, W, 3]`, labels `[B, H, W]`; for
-classification labels are `[B]` and everything else is the same.
+Shapes: B, H, W, C are batch, height, width and classes. Images are `[B,H,W,3]`, labels
+`[B,H,W]`; for classification labels are `[B]` and everything else is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+)
 
 if TYPE_CHECKING:
     import jax
@@ -25,7 +34,7 @@ IGNORE_LABEL = 255
 """The label of a pixel (or image) that no loss and no metric counts."""
 
 Params: TypeAlias = Any
-"""A tree of parameter arrays; its top-level key "backbone" holds everything that is not the head."""
+"""A tree of parameter arrays; its top-level key "backbone" holds all that is not the head."""
 
 Stats: TypeAlias = Any
 """A tree of BatchNorm running statistics."""
@@ -33,9 +42,10 @@ Stats: TypeAlias = Any
 Batch: TypeAlias = Mapping[str, Mapping[str, "jax.Array"]]
 """Stream name -> arrays of one global batch.
 
-`image` uint8 `[B,H,W,3]`; `valid` bool `[B,H,W]`, False where a crop was padded (absent for classification); `label`
-uint8 `[B,H,W]` where the stream has labels; `confidence` float32 `[B,H,W]` in [0,1] where they are pseudo-labels;
-`index` int32 `[B]`, the image's position in the sorted ids of its stream.
+`image` uint8 `[B,H,W,3]`; `valid` bool `[B,H,W]`, False where a crop was padded (absent for
+classification); `label` uint8 `[B,H,W]` where the stream has labels; `confidence` float32 `[B,H,W]`
+in [0,1] where they are pseudo-labels; `index` int32 `[B]`, the image's position in the sorted ids
+of its stream.
 """
 
 Metrics: TypeAlias = Mapping[str, tuple["jax.Array", "jax.Array"]]
@@ -47,9 +57,6 @@ class UserError(Exception):
 
     The message says what is wrong, where, and what to do.
     """
-
-
-# --------------------------------------------------------------------------------------------------- data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +79,15 @@ class DataInfo:
         return len(self.classes)
 
 
-class Record(TypedDict, total=False):
+class Record(TypedDict):
     """One image as a `Source` gives it.
 
-    `image` uint8 `[h,w,3]`; `label` uint8 `[h,w]` (or a class id), 255 = ignore, only where asked for; `id` unique
-    within the source.
+    `image` uint8 `[h,w,3]`; `label` uint8 `[h,w]` (or a class id), 255 = ignore, only where the
+    source was opened with labels; `id` unique within the source.
     """
 
     image: np.ndarray
-    label: np.ndarray
+    label: NotRequired[np.ndarray]
     id: str
 
 
@@ -98,9 +105,6 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-# ----------------------------------------------------------------------------------------------- networks
-
-
 class Outputs(NamedTuple):
     """What a network computes from a batch of images.
 
@@ -108,8 +112,8 @@ class Outputs(NamedTuple):
       logits: float32 `[B,h,w,C]` at the head's stride (`[B,C]` for classification).
       features: `[B,h,w,D]`, the input of the classifier.
       embedding: `[B,h,w,E]`, a representation head's output, where the network has one.
-      auxiliary: float32 `[B,h',w',C]`, logits of an auxiliary head, where the network has one and statistics of
-        the batch are in use (it serves training only).
+      auxiliary: float32 `[B,h',w',C]`, logits of an auxiliary head, where the network has one and
+        statistics of the batch are in use (it serves training only).
     """
 
     logits: jax.Array
@@ -126,7 +130,9 @@ class Variables(NamedTuple):
 
 
 class Network(Protocol):
-    """An architecture with its preprocessing; holds no arrays."""
+    """An architecture with its preprocessing. Holds no arrays; hashable, and equal to another one
+    alike.
+    """
 
     def init(self, key: jax.Array, size: tuple[int, int]) -> Variables:
         """Draws parameters for images of `size` (height, width)."""
@@ -149,14 +155,16 @@ class Network(Protocol):
           stats: running statistics.
           image: uint8 or float `[B,H,W,3]` in [0,255].
           valid: bool `[B,H,W]`; where False the network sees its own mean color.
-          batch_stats: True normalizes with the batch's statistics and returns updated running ones, False
-            normalizes with `stats` and returns them unchanged.
+          batch_stats: True normalizes with the batch's statistics and returns updated running ones,
+            False normalizes with `stats` and returns them unchanged.
           key: turns on dropout and stochastic depth.
         """
         ...
 
     def classifier(self, params: Params) -> tuple[jax.Array, jax.Array]:
-        """The last 1x1 convolution, as kernel `[D,C]` and bias `[C]`; UserError where there is none."""
+        """The last 1x1 convolution, as kernel `[D,C]` and bias `[C]`; UserError where there is
+        none.
+        """
         ...
 
     def resize(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -164,11 +172,9 @@ class Network(Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------------------------- phases
-
-
 class Weights(NamedTuple):
-    """Names weights of an earlier phase: the network as it was at the phase's `last` or `best` step.
+    """Names weights of an earlier phase: the network as it was at the phase's `last` or `best`
+    step.
 
     `network` is a student ("a") or the teacher of one ("teacher_a").
     """
@@ -185,9 +191,12 @@ class Stream:
     Attributes:
       name: "labeled" or "unlabeled": which images.
       batch: images in the global batch.
-      labels: "truth"; None, and no label file is opened; or the name of the labeling sweep whose result to read.
-      part: the share of the images to use, as (begin, end) of their seeded order: difference maximized sampling.
-      augment: settings of the host's augmentation that this stream changes, such as `{"scale": (0.4, 2.5)}`.
+      labels: "truth"; None, and no label file is opened; or the name of the labeling sweep whose
+        result to read.
+      part: the share of the images to use, as (begin, end) of their seeded order: difference
+        maximized sampling.
+      augment: settings of the host's augmentation that this stream changes, such as `{"scale":
+        (0.4, 2.5)}`.
     """
 
     name: str
@@ -215,7 +224,11 @@ class Sweep(Protocol):
         ...
 
     def update(
-        self, nets: Mapping[str, Network], networks: Mapping[str, Variables], carry: Any, batch: Mapping[str, jax.Array]
+        self,
+        nets: Mapping[str, Network],
+        networks: Mapping[str, Variables],
+        carry: Any,
+        batch: Mapping[str, jax.Array],
     ) -> tuple[Any, Mapping[str, jax.Array]]:
         """Pure: the next carry, and arrays to store per image (`label`, `confidence`), or none."""
         ...
@@ -239,7 +252,8 @@ class Phase:
       frozen: read-only networks that `loss` sees under these names.
       optimizer: "fresh" clears momentum, "continue" keeps it.
       learning_rate: base rate; None takes the config's.
-      schedule: (updates the schedule has behind it when the phase starts, updates it covers); None: (0, steps).
+      schedule: (updates the schedule has behind it when the phase starts, updates it covers); None:
+        (0, steps).
       sweeps: what to run first, in order.
       headline: network whose score decides what is best; None takes the method's.
     """
@@ -287,9 +301,6 @@ class Plan:
         return max(1, round(self.epochs * self.sizes[stream] / self.batch[stream]))
 
 
-# ------------------------------------------------------------------------------------------------ methods
-
-
 class Aux(NamedTuple):
     """What `Method.loss` returns beside the loss.
 
@@ -310,8 +321,9 @@ class Aux(NamedTuple):
 class Method(abc.ABC):
     """What the networks learn from. Fields are hyper-parameters; nothing else is stored.
 
-    A teacher is the moving average of the student of the same name. `teacher_stats` says what its running
-    statistics are: "ema" averages them like parameters, "copy" takes the student's, "own" takes those that its
+    A teacher is the moving average of the student of the same name. `teacher_stats` says what its
+    running statistics are: "ema" averages them like parameters, "copy" takes the student's, "own"
+      takes those that its
     forward pass in `loss` computed.
     """
 
@@ -341,7 +353,9 @@ class Method(abc.ABC):
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
         """The run, in order."""
 
-    def init_extra(self, nets: Mapping[str, Network], params: Mapping[str, Params]) -> dict[str, Any]:
+    def init_extra(
+        self, nets: Mapping[str, Network], params: Mapping[str, Params]
+    ) -> dict[str, Any]:
         """Arrays that the method keeps between steps, as a run starts with them."""
         del nets, params
         return {}
@@ -378,7 +392,8 @@ class Method(abc.ABC):
         """
 
     def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
-        """What the method would teach from these logits: uint8 `[...]`, 255 where it teaches nothing.
+        """What the method would teach from these logits: uint8 `[...]`, 255 where it teaches
+        nothing.
 
         Shown in panels and measured where the truth is known.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -51,7 +51,9 @@ class Evaluation:
 class Evaluator:
     """Evaluates networks on one source; compiles once per architecture and image size."""
 
-    def __init__(self, nets: Mapping[str, Network], source: Source, mesh: Mesh, config: Mapping[str, Any]):
+    def __init__(
+        self, nets: Mapping[str, Network], source: Source, mesh: Mesh, config: Mapping[str, Any]
+    ):
         """Prepares evaluation.
 
         Args:
@@ -63,39 +65,56 @@ class Evaluator:
         if config["mode"] not in MODES:
             raise UserError(f"Unknown eval.mode {config['mode']!r}. There are: {', '.join(MODES)}.")
         self._source, self._mesh, self._config = source, mesh, config
-        self._predict = {name: jax.jit(make_predict_step(net)) for name, net in nets.items()}
-        self._count = {name: self._counter(net) for name, net in nets.items()}
+        everywhere, rows = sharding.replicated(mesh), sharding.batched(mesh)
+        # Networks of one architecture share a program.
+        programs = {
+            net: jax.jit(
+                make_predict_step(net), in_shardings=(everywhere, rows, rows), out_shardings=rows
+            )
+            for net in set(nets.values())
+        }
+        self._predict = {name: programs[net] for name, net in nets.items()}
+        self._count = jax.jit(self._confusion, out_shardings=everywhere)
 
     def __call__(self, name: str, variables: Variables) -> Evaluation:
         """Evaluates a student, or a teacher ("teacher_a")."""
-        count = self._count[name.removeprefix(TEACHER)]
         C = self._source.info.num_classes
         confusion = np.zeros((C, C), np.int64)
 
-        def add(_: Any, counts: np.ndarray) -> None:
-            np.add(confusion, counts, out=confusion)  # a device's int32 would overflow over a data set
+        def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, jax.Array]:
+            return carry, self._count(batch["label"], self._run(name, variables, batch))
 
-        batches = pipeline.in_order(
-            self._source,
+        def add(_: Any, counts: np.ndarray) -> None:
+            np.add(
+                confusion, counts, out=confusion
+            )  # a device's int32 would overflow over a data set
+
+        fold(update, None, self._batches(self._source), self._mesh, sink=add)
+        return Evaluation(confusion, self._config["mode"])
+
+    def logits(self, name: str, variables: Variables, source: Source) -> list[np.ndarray]:
+        """Logits `[h,w,C]` of every image of a small source, in order; in one process only."""
+        found: list[np.ndarray] = []
+
+        def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, jax.Array]:
+            return carry, self._run(name, variables, batch)
+
+        def collect(batch: Mapping[str, np.ndarray], logits: np.ndarray) -> None:
+            found.extend(logits[batch["index"] >= 0])
+
+        fold(update, None, self._batches(source), self._mesh, sink=collect)
+        return found
+
+    def _run(self, name: str, variables: Variables, batch: Mapping[str, jax.Array]) -> jax.Array:
+        return self._predict[name.removeprefix(TEACHER)](variables, batch["image"], batch["valid"])
+
+    def _batches(self, source: Source) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.in_order(
+            source,
             self._config["batch"],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        fold(lambda carry, batch: (carry, count(variables, batch)), None, batches, self._mesh, sink=add)
-        return Evaluation(confusion, self._config["mode"])
 
-    def logits(self, name: str, variables: Variables, image: np.ndarray) -> np.ndarray:
-        """Logits `[h,w,C]` of one image `[h,w,3]`, for pictures."""
-        valid = np.ones((1, *image.shape[:2]), bool)
-        predict = self._predict[name.removeprefix(TEACHER)]
-        return np.asarray(jax.device_get(predict(variables, image[None], valid)))[0]
-
-    def _counter(self, net: Network) -> Any:
-        predict, C = make_predict_step(net), self._source.info.num_classes
-
-        def count(variables: Variables, batch: Mapping[str, jax.Array]) -> jax.Array:
-            predictions = predict(variables, batch["image"], batch["valid"]).argmax(-1)
-            return metrics.confusion_matrix(batch["label"], predictions, C)
-
-        everywhere, rows = sharding.replicated(self._mesh), sharding.batched(self._mesh)
-        return jax.jit(count, in_shardings=(everywhere, rows), out_shardings=everywhere)
+    def _confusion(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return metrics.confusion_matrix(labels, logits.argmax(-1), self._source.info.num_classes)

@@ -169,8 +169,9 @@ class Console:
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Shows values such as {"loss": 2.31, "mIoU": 0.4}, with rate and time left."""
-        words = [f"[{self._name} {step}/{self._steps}]", _values(values)]
-        self.message(" ".join([*words, self._speed.words(self._steps - step)]).strip())
+        speed = self._speed.words(self._steps - step)
+        words = [f"[{self._name} {step}/{self._steps}]", _values(values), speed]
+        self.message(" ".join(word for word in words if word))
 
     def message(self, text: str) -> None:
         """Prints a line."""

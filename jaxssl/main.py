@@ -1,4 +1,4 @@
-"""Trains a config: `python -m jaxssl.main --config=configs/mkd_cityscapes.py:streets --workdir=W`."""
+"""Trains a config: `python -m jaxssl.main --config=configs/FILE.py:VARIANT --workdir=W`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/, with a :variant.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to train: a file of configs/, with a :variant."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where to write everything. The same one resumes.")
 
 
@@ -22,8 +24,13 @@ def main(argv: Sequence[str]) -> int:
         logging.set_verbosity(logging.WARNING)  # orbax alone writes twenty lines a checkpoint
     try:
         if len(argv) > 1:
-            raise UserError(f"Unexpected argument {argv[1]!r}. Overrides look like --config.steps=100.")
-        for flag, example in ((_CONFIG, "configs/mkd_cityscapes.py:streets"), (_WORKDIR, "/tmp/mkd")):
+            raise UserError(
+                f"Unexpected argument {argv[1]!r}. Overrides look like --config.steps=100."
+            )
+        for flag, example in (
+            (_CONFIG, "configs/mkd_cityscapes.py:streets"),
+            (_WORKDIR, "/tmp/mkd"),
+        ):
             if flag.value is None:
                 raise UserError(f"--{flag.name} is missing. For example --{flag.name}={example}")
         return phases.run(_CONFIG.value, _WORKDIR.value)
@@ -36,7 +43,11 @@ def parse(argv: Sequence[str]) -> list[str]:
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config" and value and not os.path.exists(value.partition(":")[0]):
-            sys.exit(_fail(f"There is no config file {value.partition(':')[0]!r}. See the folder configs/."))
+            sys.exit(
+                _fail(
+                    f"There is no config file {value.partition(':')[0]!r}. See the folder configs/."
+                )
+            )
     try:
         return flags.FLAGS(argv)
     except Exception as error:
@@ -47,7 +58,11 @@ def _reason(error: Exception) -> str:
     """What to tell the user: the cause's last line where a config file wraps it, unquoted."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    text = str(error.args[0]) if isinstance(error, (AttributeError, KeyError)) and error.args else str(error)
+    text = (
+        str(error.args[0])
+        if isinstance(error, (AttributeError, KeyError)) and error.args
+        else str(error)
+    )
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules.
 
-The learning rate is not part of the optimizer: a step multiplies the optimizer's direction by it. So phases that
-restart, continue or stretch a schedule need no counters in the optimizer's state.
+The learning rate is not part of the optimizer: a step multiplies the optimizer's direction by it.
+So phases that restart, continue or stretch a schedule need no counters in the optimizer's state.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     """The direction of descent for one network, before the learning rate.
 
     Args:
-      config: `name` "sgd" (momentum as in PyTorch: decay joins the gradient before it) or "adamw"; `momentum`,
-        `nesterov`, `weight_decay`; `decay_norm_and_bias`, whether parameters with fewer than two axes decay too;
-        `head_factor`, by which everything outside "backbone" learns faster; `clip_norm`, 0 for none.
+      config: `name` "sgd" (momentum as in PyTorch: decay joins the gradient before it) or "adamw";
+        `momentum`, `nesterov`, `weight_decay`; `decay_norm_and_bias`, whether parameters with fewer
+        than two axes decay too; `head_factor`, by which everything outside "backbone" learns
+        faster; `clip_norm`, 0 for none.
     """
     mask = None if config["decay_norm_and_bias"] else _kernels
     decay = optax.add_decayed_weights(config["weight_decay"], mask)
-    clip = optax.clip_by_global_norm(config["clip_norm"]) if config["clip_norm"] else optax.identity()
+    clip = (
+        optax.clip_by_global_norm(config["clip_norm"]) if config["clip_norm"] else optax.identity()
+    )
     match config["name"]:
         case "sgd":
             direction = optax.chain(decay, optax.trace(config["momentum"], config["nesterov"]))
@@ -44,8 +47,8 @@ def make_schedule(config: Mapping[str, Any]) -> Schedule:
     """The learning rate over a schedule's span, as a factor of the base rate.
 
     Args:
-      config: `schedule` "poly", (1 - t)^power; "cosine", (1 + cos(pi t)) / 2; or "constant"; `power`;
-        `warmup_steps`, over which the factor also rises linearly from 0.
+      config: `schedule` "poly", (1 - t)^power; "cosine", (1 + cos(pi t)) / 2; or "constant";
+        `power`; `warmup_steps`, over which the factor also rises linearly from 0.
     """
     shapes = {
         "poly": lambda t: (1 - t) ** config["power"],
@@ -54,7 +57,9 @@ def make_schedule(config: Mapping[str, Any]) -> Schedule:
     }
     name, warmup = config["schedule"], config["warmup_steps"]
     if name not in shapes:
-        raise UserError(f"Unknown optimizer.schedule {name!r}. There are: {', '.join(sorted(shapes))}.")
+        raise UserError(
+            f"Unknown optimizer.schedule {name!r}. There are: {', '.join(sorted(shapes))}."
+        )
 
     def schedule(done: jax.Array, total: jax.Array) -> jax.Array:
         factor = shapes[name](jnp.clip(done / total, 0.0, 1.0))

@@ -13,22 +13,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from jaxssl import config as configs
 from jaxssl import logs, methods, models, optim, sharding, train
 from jaxssl.checkpoint import Checkpoints
+from jaxssl.config import Config
 from jaxssl.contracts import Plan, UserError, Variables, Weights
 from jaxssl.data import loading, pipeline
 from jaxssl.data.splits import Split
 from jaxssl.evaluate import Evaluator
 from jaxssl.signals import StopSignal
-from jaxssl.state import TEACHER, TrainState, create
+from jaxssl.state import TEACHER, TrainState, create, draw
 from jaxssl.sweep import fold
 from jaxssl.train import Run, Stopped
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
+def run(config: Config, workdir: str | os.PathLike[str]) -> int:
     """Trains what the config says, resuming what the workdir holds.
 
     Returns:
@@ -57,9 +57,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> int:
 
 
 def build(
-    config: ConfigDict, workdir: Path, console: logs.Console, stop: StopSignal, stack: contextlib.ExitStack
+    config: Config,
+    workdir: Path,
+    console: logs.Console,
+    stop: StopSignal,
+    stack: contextlib.ExitStack,
 ) -> Run:
-    """Opens data, networks and workdir; every mistake that can be found before training is found here.
+    """Opens data, networks and workdir; every mistake that can be found before training is found
+    here.
 
     Args:
       config: of the run.
@@ -74,7 +79,8 @@ def build(
     info = sources["labeled"].info
     mesh = sharding.make_mesh()
     nets = {
-        name: models.load(configs.model_of(config, name), info.num_classes) for name in method.students
+        name: models.load(configs.model_of(config, name), info.num_classes)
+        for name in method.students
     }
     plan = Plan(
         sizes={name: len(source) for name, source in sources.items()},
@@ -118,7 +124,9 @@ def train_all(run: Run) -> TrainState:
     """Trains every phase that is not behind the newest checkpoint."""
     index, state = restore_or_create(run)
     for i in range(index, len(run.phases)):
-        frozen = {name: read_weights(run, weights) for name, weights in run.phases[i].frozen.items()}
+        frozen = {
+            name: read_weights(run, weights) for name, weights in run.phases[i].frozen.items()
+        }
         if int(state.step) == run.begin(i) and i > 0:
             state = enter(run, i, state)
         if int(state.step) < run.begin(i + 1):
@@ -127,12 +135,15 @@ def train_all(run: Run) -> TrainState:
 
 
 def restore_or_create(run: Run) -> tuple[int, TrainState]:
-    """The newest checkpoint with the phase that it belongs to, or a new state and the first phase."""
+    """The newest checkpoint and the phase it belongs to, or a new state and the first phase."""
     latest = run.checkpoints.latest()
     run.logger.rewind(-1 if latest is None else latest[0])
     if latest is None:
-        make = jax.jit(functools.partial(make_state, run, 0), out_shardings=sharding.replicated(run.mesh))
-        return 0, make()
+        variables = draw(run.nets, jax.random.key(run.config.seed), tuple(run.config.crop))
+        make = jax.jit(
+            functools.partial(make_state, run, 0), out_shardings=sharding.replicated(run.mesh)
+        )
+        return 0, make(variables)
     step, meta = latest
     phases = [[phase.name, phase.steps] for phase in run.phases]
     if meta["phases"] != phases:
@@ -144,22 +155,28 @@ def restore_or_create(run: Run) -> tuple[int, TrainState]:
     index = next(i for i in range(len(phases)) if run.begin(i) < step <= run.begin(i + 1))
     state = run.checkpoints.restore(step, abstract_state(run, index))
     if int(state.step) != step:
-        raise UserError(f"The checkpoint {step} in {run.workdir} holds step {int(state.step)}. Delete it.")
-    run.console.message(f"Resumed at step {step} of {run.begin(len(phases))}, in phase {meta['phase']}.")
+        raise UserError(
+            f"The checkpoint {step} in {run.workdir} holds step {int(state.step)}. Delete it."
+        )
+    run.console.message(
+        f"Resumed at step {step} of {run.begin(len(phases))}, in phase {meta['phase']}."
+    )
     return index, state
 
 
-def make_state(run: Run, index: int) -> TrainState:
+def make_state(run: Run, index: int, variables: Mapping[str, Variables]) -> TrainState:
     """A new state with optimizers for a phase's networks; pure."""
-    key = jax.random.key(run.config.seed)
-    return create(
-        run.method, run.nets, run.optimizer, run.phases[index].train, key, tuple(run.config.crop)
-    )
+    return create(run.method, run.nets, run.optimizer, run.phases[index].train, variables)
 
 
 def abstract_state(run: Run, index: int) -> TrainState:
     """Shapes and shardings of the state in a phase."""
-    shapes = jax.eval_shape(functools.partial(make_state, run, index))
+    key, size = jax.random.key(run.config.seed), tuple(run.config.crop)
+    variables = {
+        name: jax.eval_shape(functools.partial(net.init, size=size), key)
+        for name, net in run.nets.items()
+    }
+    shapes = jax.eval_shape(functools.partial(make_state, run, index), variables)
     return sharding.abstract(shapes, sharding.replicated(run.mesh))
 
 
@@ -169,9 +186,9 @@ def enter(run: Run, index: int, state: TrainState) -> TrainState:
     for name, weights in phase.start.items():
         state = state.with_network(name, read_weights(run, weights))
     for name in phase.reinitialize:
-        number = run.method.students.index(name)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), number), index)
-        state = state.with_network(name, run.nets[name].init(key, tuple(run.config.crop)))
+        key = jax.random.fold_in(jax.random.key(run.config.seed), run.begin(index))
+        drawn = draw({name: run.nets[name]}, key, tuple(run.config.crop))
+        state = state.with_network(name, drawn[name])
     extra = sweep_all(run, index, state)
 
     def start(state: TrainState, extra: Mapping[str, Any]) -> TrainState:
@@ -181,7 +198,7 @@ def enter(run: Run, index: int, state: TrainState) -> TrainState:
             for name in phase.train
         }
         # A teacher that starts as its student must not share its buffers: the step donates both.
-        return jax.tree.map(jnp.copy, state.replace(opt_state=opt_state, extra=extra))  # pyright: ignore
+        return jax.tree.map(jnp.copy, state.replace(opt_state=opt_state, extra=extra))
 
     return jax.jit(start, out_shardings=sharding.replicated(run.mesh))(state, extra)
 
@@ -211,10 +228,12 @@ def read_weights(run: Run, weights: Weights) -> Variables:
     run.checkpoints.wait()
     shapes, step = abstract_state(run, index).network(weights.network), run.step_of(weights)
     params = run.checkpoints.restore_part(step, (f"{prefix}params", student), shapes.params)
-    return Variables(params, run.checkpoints.restore_part(step, (f"{prefix}stats", student), shapes.stats))
+    return Variables(
+        params, run.checkpoints.restore_part(step, (f"{prefix}stats", student), shapes.stats)
+    )
 
 
-def open_workdir(workdir: Path, config: ConfigDict, split: Split, *, main_process: bool) -> None:
+def open_workdir(workdir: Path, config: Config, split: Split, *, main_process: bool) -> None:
     """Writes what describes the run, or makes sure that the workdir belongs to it."""
     current = json.loads(config.to_json_best_effort())
     stored = workdir / "config.json"
@@ -240,7 +259,7 @@ def open_workdir(workdir: Path, config: ConfigDict, split: Split, *, main_proces
         (workdir / "environment.json").write_text(json.dumps(logs.environment(), indent=1) + "\n")
 
 
-def prepare_jax(config: ConfigDict) -> None:
+def prepare_jax(config: Config) -> None:
     """Joins the other processes, and keeps compiled programs for the next start."""
     if config.distributed:
         jax.distributed.initialize()
@@ -261,7 +280,7 @@ def _report(run: Run, seconds: float) -> None:
         f"Done: step {step}, {minutes}:{seconds:02d} min. Network {best['network']} on val, "
         f"{run.config.eval.mode} image: mIoU {100 * best['last']:.2f} at the end, "
         f"{100 * best['miou']:.2f} at its best (step {best['step']}).",
-        f"Metrics:  {run.workdir / 'metrics.jsonl'}  (tensorboard --logdir {run.workdir / 'tensorboard'})",
+        f"Metrics:  {run.workdir / 'metrics.jsonl'}, and tensorboard --logdir {run.workdir}",
     ]
     if run.config.eval.panels:
         lines.append(f"Pictures: {train.panel_path(run.workdir, step)}")

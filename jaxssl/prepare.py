@@ -1,4 +1,6 @@
-"""Writes data sets to disk: `python -m jaxssl.prepare streets --out DIR` makes a Cityscapes tree of street scenes."""
+"""Writes data sets to disk: `python -m jaxssl.prepare streets --out DIR` makes a Cityscapes tree of
+street scenes.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jaxssl.prepare", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("streets", help="rendered street scenes, in the layout of Cityscapes")
+    command = commands.add_parser(
+        "streets", help="rendered street scenes, in the layout of Cityscapes"
+    )
     command.add_argument("--out", required=True, type=Path, help="a folder to make the tree in")
-    command.add_argument("--size", default="64,128", help="height,width of the images (default: %(default)s)")
-    command.add_argument("--train", default=400, type=int, help="training images (default: %(default)s)")
-    command.add_argument("--val", default=100, type=int, help="validation images (default: %(default)s)")
+    command.add_argument(
+        "--size", default="64,128", help="height,width of the images (default: %(default)s)"
+    )
+    command.add_argument(
+        "--train", default=400, type=int, help="training images (default: %(default)s)"
+    )
+    command.add_argument(
+        "--val", default=100, type=int, help="validation images (default: %(default)s)"
+    )
     command.add_argument("--seed", default=0, type=int, help="of the scenes (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
@@ -39,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_cityscapes(source: Source, root: Path, split: str) -> None:
-    """Writes a source with Cityscapes' classes as a Cityscapes tree; goes on where it was interrupted.
+    """Writes a source with Cityscapes' classes as a Cityscapes tree; goes on where it was
+    interrupted.
 
     Args:
       source: with labels (train ids).

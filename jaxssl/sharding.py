@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxssl.contracts import UserError
 AXIS = "data"
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or the given ones) with the one axis "data".
 
     Its axis is of type Auto: the compiler decides how an array is split between the annotations.
@@ -33,7 +34,7 @@ def batched(mesh: Mesh) -> NamedSharding:
 
 
 def to_devices(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays from each process's contiguous block of rows, given as a tree of NumPy arrays."""
+    """Global arrays from each process's contiguous block of rows, a tree of NumPy arrays."""
     sharding = batched(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 

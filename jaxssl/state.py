@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,7 @@ TEACHER = "teacher_"
 """Prefix that turns a student's name into its teacher's: the teacher of "a" is "teacher_a"."""
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a training step reads and writes; donated, sharded and saved as it is.
 
     Randomness is not stored: a step's key is a function of (seed, step).
@@ -51,13 +51,28 @@ class TrainState:
 
     def with_network(self, name: str, variables: Variables) -> TrainState:
         """This state with other variables for one student or teacher."""
-        prefix, student = (TEACHER, name.removeprefix(TEACHER)) if name.startswith(TEACHER) else ("", name)
+        prefix, student = (
+            (TEACHER, name.removeprefix(TEACHER)) if name.startswith(TEACHER) else ("", name)
+        )
         params, stats = f"{prefix}params", f"{prefix}stats"
         changed = {
             params: {**getattr(self, params), student: variables.params},
             stats: {**getattr(self, stats), student: variables.stats},
         }
-        return self.replace(**changed)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.replace(**changed)
+
+
+def draw(
+    nets: Mapping[str, Network], key: jax.Array, size: tuple[int, int]
+) -> dict[str, Variables]:
+    """Random variables of each student, for images of `size`; student i draws from `fold_in(key,
+    i)`.
+    """
+    # Compiling an initialization takes seconds; students of one architecture share it.
+    draws = {net: jax.jit(functools.partial(net.init, size=size)) for net in set(nets.values())}
+    return {
+        name: draws[net](jax.random.fold_in(key, i)) for i, (name, net) in enumerate(nets.items())
+    }
 
 
 def create(
@@ -65,8 +80,7 @@ def create(
     nets: Mapping[str, Network],
     optimizer: optax.GradientTransformation,
     train: tuple[str, ...],
-    key: jax.Array,
-    size: tuple[int, int],
+    variables: Mapping[str, Variables],
 ) -> TrainState:
     """Builds the state a run starts with. Call it inside jit, so that no two leaves share a buffer.
 
@@ -75,14 +89,10 @@ def create(
       nets: by student.
       optimizer: one per student, over that student's parameters.
       train: students of the first phase.
-      key: students draw their parameters from keys folded from it.
-      size: height and width of the images.
+      variables: by student; teachers start as copies.
     """
-    drawn = {
-        name: nets[name].init(jax.random.fold_in(key, i), size) for i, name in enumerate(method.students)
-    }
-    params = {name: variables.params for name, variables in drawn.items()}
-    stats = {name: variables.stats for name, variables in drawn.items()}
+    params = {name: variables[name].params for name in method.students}
+    stats = {name: variables[name].stats for name in method.students}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),

@@ -15,7 +15,8 @@ from jaxssl.state import TrainState, ema
 
 
 class Clock(NamedTuple):
-    """Where a phase lies, as int32 scalars: traced, so that phases alike but for their place share one program.
+    """Where a phase lies, as int32 scalars: traced, so that phases alike but for their place share
+    one program.
 
     Attributes:
       begin: the run's step at which the phase began.
@@ -32,7 +33,9 @@ class Clock(NamedTuple):
     @classmethod
     def of(cls, phase: Phase, begin: int) -> Clock:
         """The clock of a phase that begins at step `begin` of the run."""
-        return cls(*(jnp.int32(v) for v in (begin, phase.steps, *(phase.schedule or (0, phase.steps)))))
+        return cls(
+            *(jnp.int32(v) for v in (begin, phase.steps, *(phase.schedule or (0, phase.steps))))
+        )
 
 
 Step = Callable[[TrainState, Mapping[str, Variables], Batch, Clock], tuple[TrainState, Metrics]]
@@ -52,9 +55,9 @@ def make_train_step(
 ) -> Step:
     """Makes `step(state, frozen, batch, clock) -> (state, metrics)` for one phase.
 
-    The gradient of `method.loss` moves the networks that the phase trains, then the teachers follow. Where the loss
-    or a gradient is not finite, only `step` and `skipped` advance; everything else keeps its value. The state's
-    shapes and dtypes are a fixed point of the step.
+    The gradient of `method.loss` moves the networks that the phase trains, then the teachers
+    follow. Where the loss or a gradient is not finite, only `step` and `skipped` advance;
+    everything else keeps its value. The state's shapes and dtypes are a fixed point of the step.
 
     Args:
       method: what to minimize.
@@ -64,15 +67,19 @@ def make_train_step(
       schedule: factor of the learning rate.
       learning_rate: base rate, where the phase has none of its own.
       seed: step k draws from `fold_in(key(seed), k)`.
-      accumulate: micro-batches per update. Each is a batch of its own, with its own denominators and BatchNorm
-        statistics, as with accumulation in PyTorch; gradients are averaged.
-      axis_name: of a `jax.pmap`; then losses and their denominators are local to a device, and gradients,
-        statistics, `extra` and metrics are reduced over the axis.
+      accumulate: micro-batches per update. Each is a batch of its own, with its own denominators
+        and BatchNorm statistics, as with accumulation in PyTorch; gradients are averaged.
+      axis_name: of a `jax.pmap`; then losses and their denominators are local to a device, and
+        gradients, statistics, `extra` and metrics are reduced over the axis.
     """
     base_rate = phase.learning_rate if phase.learning_rate is not None else learning_rate
 
     def objective(
-        trained: Mapping[str, Any], state: TrainState, frozen: Mapping[str, Variables], batch: Batch, *rest: Any
+        trained: Mapping[str, Any],
+        state: TrainState,
+        frozen: Mapping[str, Variables],
+        batch: Batch,
+        *rest: Any,
     ) -> tuple[jax.Array, Aux]:
         key, progress = rest
         params = {**state.params, **trained}
@@ -113,7 +120,9 @@ def make_train_step(
 
 
 def make_predict_step(net: Network) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
-    """Makes `predict(variables, image, valid) -> logits` at the size of the image, float32 `[B,H,W,C]`."""
+    """Makes `predict(variables, image, valid) -> logits` at the size of the image, float32
+    `[B,H,W,C]`.
+    """
 
     def predict(variables: Variables, image: jax.Array, valid: jax.Array) -> jax.Array:
         outputs, _ = net.apply(*variables, image, valid=valid, batch_stats=False)
@@ -135,14 +144,16 @@ def _updated(
     params, opt_state = dict(state.params), dict(state.opt_state)
     for name in phase.train:
         direction, opt_state[name] = optimizer.update(grads[name], opt_state[name], params[name])
-        params[name] = jax.tree.map(lambda p, d: p - rate.astype(p.dtype) * d, params[name], direction)
+        params[name] = jax.tree.map(
+            lambda p, d: p - rate.astype(p.dtype) * d, params[name], direction
+        )
     decay = method.ema_decay(phase, done)
     teacher_stats = {
         "ema": lambda name: ema(state.teacher_stats[name], aux.stats[name], decay),
         "copy": lambda name: aux.stats[name],
         "own": lambda name: aux.teacher_stats[name],
     }[method.teacher_stats]
-    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+    return state.replace(
         params=params,
         stats=dict(aux.stats),
         opt_state=opt_state,
@@ -155,29 +166,41 @@ def _updated(
 
 
 def _accumulated(gradient: Callable[..., Any], accumulate: int) -> Callable[..., Any]:
-    """`gradient` over micro-batches in turn: statistics and `extra` pass through, gradients are averaged."""
+    """`gradient` over micro-batches in turn: statistics and `extra` pass through, gradients are
+    averaged.
+    """
     if accumulate == 1:
         return gradient
 
-    def run(trained: Any, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, progress: jax.Array) -> Any:
+    def run(
+        trained: Any,
+        state: TrainState,
+        frozen: Any,
+        batch: Batch,
+        key: jax.Array,
+        progress: jax.Array,
+    ) -> Any:
         def micro(carry: tuple[TrainState, Any], inputs: tuple[Batch, jax.Array]) -> Any:
             state, total = carry
             (loss, aux), grads = gradient(trained, state, frozen, *inputs, progress)
-            state = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            state = state.replace(
                 stats=dict(aux.stats),
                 teacher_stats=dict(aux.teacher_stats),
                 extra=dict(aux.extra),
             )
             return (state, jax.tree.map(jnp.add, total, grads)), (loss, aux.metrics)
 
-        # Rows j, j + accumulate, ... form micro-batch j: every device keeps working on rows that it holds.
+        # Rows j, j + accumulate, ... form micro-batch j: every device keeps working on rows that it
+        # holds.
         micros = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
         )
         keys = jax.random.split(key, accumulate)
         zeros = jax.tree.map(jnp.zeros_like, trained)
         (last, total), (losses, metrics) = jax.lax.scan(micro, (state, zeros), (micros, keys))
-        aux = Aux(last.stats, last.teacher_stats, last.extra, jax.tree.map(lambda m: m.sum(0), metrics))
+        aux = Aux(
+            last.stats, last.teacher_stats, last.extra, jax.tree.map(lambda m: m.sum(0), metrics)
+        )
         return (losses.mean(), aux), jax.tree.map(lambda g: g / accumulate, total)
 
     return run
@@ -188,4 +211,8 @@ def _reduce(loss: jax.Array, aux: Aux, grads: Any, axis_name: str) -> tuple[jax.
         return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name).astype(x.dtype), tree)
 
     metrics = jax.lax.psum(aux.metrics, axis_name)
-    return mean(loss), Aux(mean(aux.stats), mean(aux.teacher_stats), mean(aux.extra), metrics), mean(grads)
+    return (
+        mean(loss),
+        Aux(mean(aux.stats), mean(aux.teacher_stats), mean(aux.extra), metrics),
+        mean(grads),
+    )

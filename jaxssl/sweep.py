@@ -1,4 +1,4 @@
-"""One loop over images in order: evaluation, labeling, counting and making prototypes are all this."""
+"""One loop over images in order: evaluation, labeling, counting, making prototypes."""
 
 from __future__ import annotations
 

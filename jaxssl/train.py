@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from jaxssl import panels, sharding
 from jaxssl.checkpoint import Checkpoints
+from jaxssl.config import Config
 from jaxssl.contracts import Method, Network, Phase, Source, UserError, Variables, Weights
-from jaxssl.data import pipeline
+from jaxssl.data import loading, pipeline
 from jaxssl.data.transforms import Augment
 from jaxssl.evaluate import Evaluation, Evaluator
 from jaxssl.logs import Console, Logger, MetricSums
@@ -53,11 +54,11 @@ class Run:
       logger: of metrics.
       console: of words.
       stop: asks whether to leave.
-      best: phase name -> {"step", "miou", "network", "last"}: the headline's best evaluation so far and the mIoU
-        of its last one.
+      best: phase name -> {"step", "miou", "network", "last"}: the headline's best evaluation so far
+        and the mIoU of its last one.
     """
 
-    config: ConfigDict
+    config: Config
     workdir: Path
     method: Method
     phases: tuple[Phase, ...]
@@ -74,7 +75,7 @@ class Run:
     best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def begin(self, index: int) -> int:
-        """The run's step at which a phase begins: skipped updates count, so it is known beforehand."""
+        """The step at which a phase begins: skipped updates count, so it is known beforehand."""
         return sum(phase.steps for phase in self.phases[:index])
 
     def step_of(self, weights: Weights) -> int:
@@ -85,8 +86,11 @@ class Run:
         return self.begin(names.index(weights.phase) + 1)
 
 
-def train_phase(run: Run, index: int, state: TrainState, frozen: Mapping[str, Variables]) -> TrainState:
-    """Trains from wherever `state` stands in the phase to its end; the last step is evaluated and saved.
+def train_phase(
+    run: Run, index: int, state: TrainState, frozen: Mapping[str, Variables]
+) -> TrainState:
+    """Trains from wherever `state` stands in the phase to its end; the last step is evaluated and
+    saved.
 
     Args:
       run: what everything is made of; `run.best` is updated.
@@ -113,8 +117,10 @@ def train_phase(run: Run, index: int, state: TrainState, frozen: Mapping[str, Va
             run.console.step(done)
             if done % config.log.every == 0 or last:
                 values = sums.reduce()
-                run.console.report(done, {name: values[name] for name in ("loss", "learning_rate")})
-                run.logger.write(step, phase.name, {f"train/{name}": value for name, value in values.items()})
+                run.console.report(done, _some(values, "loss", "learning_rate"))
+                run.logger.write(
+                    step, phase.name, {f"train/{name}": value for name, value in values.items()}
+                )
             improved = False
             if done % config.eval.every == 0 or last:
                 improved = evaluate(run, phase, state, step, everything=last)
@@ -127,7 +133,9 @@ def train_phase(run: Run, index: int, state: TrainState, frozen: Mapping[str, Va
 
 
 def compile_step(run: Run, phase: Phase) -> Any:
-    """The phase's step under jit: the state on every device and donated, batches split over the devices."""
+    """The phase's step under jit: the state on every device and donated, batches split over the
+    devices.
+    """
     config = run.config
     everywhere, rows = sharding.replicated(run.mesh), sharding.batched(run.mesh)
     step = make_train_step(
@@ -149,7 +157,9 @@ def compile_step(run: Run, phase: Phase) -> Any:
 
 
 def evaluate(run: Run, phase: Phase, state: TrainState, step: int, *, everything: bool) -> bool:
-    """Evaluates the headline network, or all, writes panels, and says whether the headline is the phase's best."""
+    """Evaluates the headline network, or all, writes panels, and says whether the headline is the
+    phase's best.
+    """
     headline = phase.headline or run.method.headline
     names = [headline]
     if everything:
@@ -170,7 +180,7 @@ def evaluate(run: Run, phase: Phase, state: TrainState, step: int, *, everything
     if everything and len(scores) > 1:
         rows = [(name, f"{100 * score.miou:.2f}") for name, score in scores.items()]
         run.console.table(f"{phase.name}: all networks", ("network", "mIoU"), rows)
-    if run.config.eval.panels and jax.process_index() == 0:
+    if run.config.eval.panels and jax.process_count() == 1:
         write_panels(run, headline, state, step)
     record = run.best.setdefault(phase.name, {"step": 0, "miou": -1.0, "network": headline})
     record["last"] = best.miou
@@ -183,24 +193,31 @@ def evaluate(run: Run, phase: Phase, state: TrainState, step: int, *, everything
 def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
     """Pictures of a few validation images: truth, prediction, and what the labeler teaches."""
     source, student = run.sources["val"], headline.removeprefix(TEACHER)
-    titles = ["image", "truth", f"student {student}"]
-    if run.method.labeler:
-        titles += [f"{run.method.labeler.replace('_', ' ')}: pseudo-label", "kept"]
-    rows, captions = [], []
-    count = min(run.config.eval.panels, len(source))
-    for i in range(0, len(source), -(-len(source) // count)):
-        record = source[i]
-        tiles = [record["image"], record["label"]]
-        tiles.append(_prediction(run.evaluator.logits(student, state.network(student), record["image"])))
-        if run.method.labeler:
-            logits = run.evaluator.logits(
-                run.method.labeler, state.network(run.method.labeler), record["image"]
-            )
-            tiles += [_prediction(logits), np.asarray(run.method.pseudo_labels(jax.numpy.asarray(logits)))]
-        rows.append(tiles)
-        captions.append(record["id"])
-    path = panel_path(run.workdir, step)
-    picture = panels.write(path, rows, source.info, titles, captions=captions)
+    shown = loading.Subset(source, source.ids[:: -(-len(source) // run.config.eval.panels)])
+    records = [shown[i] for i in range(len(shown))]
+    columns = {
+        "image": [record["image"] for record in records],
+        "truth": [record["label"] for record in records],
+        f"student {student}": [
+            logits.argmax(-1).astype(np.uint8)
+            for logits in run.evaluator.logits(student, state.network(student), shown)
+        ],
+    }
+    if labeler := run.method.labeler:
+        all_logits = run.evaluator.logits(labeler, state.network(labeler), shown)
+        columns[f"{labeler.replace('_', ' ')}: pseudo-label"] = [
+            logits.argmax(-1).astype(np.uint8) for logits in all_logits
+        ]
+        columns["kept"] = [
+            np.asarray(run.method.pseudo_labels(jnp.asarray(logits))) for logits in all_logits
+        ]
+    picture = panels.write(
+        panel_path(run.workdir, step),
+        list(zip(*columns.values(), strict=True)),
+        source.info,
+        list(columns),
+        captions=[record["id"] for record in records],
+    )
     run.logger.image(step, "panels", picture)
 
 
@@ -219,7 +236,9 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
         wanted += [*other.start.values(), *other.frozen.values()]
         wanted += [weights for sweep in other.sweeps for weights in sweep.networks.values()]
     trained = {p.name for p in run.phases[: index + 1]}
-    run.checkpoints.keep = {run.step_of(weights) for weights in wanted if weights.phase in trained & run.best.keys()}
+    run.checkpoints.keep = {
+        run.step_of(weights) for weights in wanted if weights.phase in trained & run.best.keys()
+    }
     if phase.name in run.best:
         run.checkpoints.keep.add(run.best[phase.name]["step"])
     meta = {
@@ -233,10 +252,14 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
 
 def _batches(run: Run, index: int, *, start: int) -> pipeline.Batches:
     config, phase = run.config, run.phases[index]
-    augment = Augment(crop=tuple(config.crop), scale=tuple(config.augment.scale), flip=config.augment.flip)
+    augment = Augment(
+        crop=tuple(config.crop), scale=tuple(config.augment.scale), flip=config.augment.flip
+    )
     feeds = [pipeline.Feed(stream, run.sources[stream.name], augment) for stream in phase.streams]
     for feed in feeds:
-        sharding.check_batch(feed.stream.name, feed.stream.batch // config.batch.accumulate, run.mesh)
+        sharding.check_batch(
+            feed.stream.name, feed.stream.batch // config.batch.accumulate, run.mesh
+        )
     return pipeline.batches(
         feeds,
         seed=config.seed,
@@ -250,6 +273,11 @@ def _batches(run: Run, index: int, *, start: int) -> pipeline.Batches:
     )
 
 
+def _some(values: Mapping[str, float], *names: str) -> dict[str, float]:
+    """What there is of some values: an interval in which every step was skipped has no loss."""
+    return {name: values[name] for name in names if name in values}
+
+
 def _score_values(name: str, score: Evaluation, classes: Sequence[str]) -> dict[str, float]:
     per_class = {
         f"val/{name}/iou/{label}": float(value)
@@ -259,12 +287,10 @@ def _score_values(name: str, score: Evaluation, classes: Sequence[str]) -> dict[
     return {f"val/{name}/miou": score.miou, **per_class}
 
 
-def _prediction(logits: np.ndarray) -> np.ndarray:
-    return logits.argmax(-1).astype(np.uint8)
-
-
 def check_fixed_point(step: Any, state: TrainState, *rest: Any) -> None:
-    """Makes sure that a step gives back a state of the same shapes and dtypes; orbax would cast silently."""
+    """Makes sure that a step gives back a state of the same shapes and dtypes; orbax would cast
+    silently.
+    """
 
     def kinds(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)

@@ -171,7 +171,7 @@ def strong(
 
 def choose(key: jax.Array, batch: int, weights: Sequence[float]) -> jax.Array:
     """Draw from 0, 1, ... with probabilities proportional to `weights`; int32 `[batch]`."""
-    share = np.asarray(weights, np.float32) / np.sum(weights)
+    share = np.array(weights, np.float32) / np.float32(sum(weights))
     return jax.random.choice(key, len(weights), (batch,), p=share).astype(jnp.int32)
 
 

@@ -55,13 +55,17 @@ def test_imports_point_one_way(path):
         assert imports_of(path) - {layer} <= ALLOWED[layer]
 
 
-@pytest.mark.parametrize(("folder", "package"), [("data", "jax"), ("methods", "flax"), (".", "torch")])
+@pytest.mark.parametrize(
+    ("folder", "package"), [("data", "jax"), ("methods", "flax"), (".", "torch")]
+)
 def test_packages_stay_where_they_belong(folder, package):
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(name == package or name.startswith(package + ".") for name in names), path
+            assert not any(name == package or name.startswith(package + ".") for name in names), (
+                path
+            )
 
 
 def test_linen_lives_in_models_alone():
@@ -72,5 +76,7 @@ def test_linen_lives_in_models_alone():
 
 def test_importing_the_package_imports_nothing_else():
     code = "import sys, jaxssl; print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert printed.stdout.strip() == "[]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,7 @@ def _list_images(root: Path, split: str) -> dict[str, str]:
     folder = root / "leftImg8bit" / split
     paths = _list(root, f"leftImg8bit/{split}/*/*{_IMAGE_END}")
     if paths:
-        return {path.rpartition("/")[2].removesuffix(_IMAGE_END): path for path in paths}
+        return {PurePosixPath(path).name.removesuffix(_IMAGE_END): path for path in paths}
     archives = (
         "leftImg8bit_trainextra.zip and gtCoarse.zip"
         if split == "train_extra"
@@ -134,29 +134,30 @@ def _list_images(root: Path, split: str) -> dict[str, str]:
 
 def _find_labels(root: Path, images: tuple[str, ...]) -> tuple[str, ...]:
     """The label file of every image, all paths relative to `root`."""
-    kinds = {image: _label_folder(image) for image in images}
-    present: set[str] = set()
-    for folder in set(kinds.values()):
-        present.update(_list(root, f"{folder}/*/*_label*Ids.png"))
-    found, missing = [], []
-    for image, folder in kinds.items():
-        city, name = image.split("/")[-2:]
-        stem = f"{folder}/{city}/{name.removesuffix(_IMAGE_END)}_{folder.partition('/')[0]}"
-        files = [f"{stem}_labelIds.png", f"{stem}_labelTrainIds.png"]
-        found += [file for file in files if file in present][:1]
-        missing += files[:1] if present.isdisjoint(files) else []
+    folders = {_label_folder(image) for image in images}
+    present = {file for folder in folders for file in _list(root, f"{folder}/*_label*Ids.png")}
+    labels = {image: _label_file(image, present) for image in images}
+    missing = [image for image, label in labels.items() if label is None]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(images)} images have no label under {root}, such as "
             f"{', '.join(missing[:3])}. Unpack the label archive there, or leave these images "
             "unlabeled."
         )
-    return tuple(found)
+    return tuple(label for label in labels.values() if label)
 
 
 def _label_folder(image: str) -> str:
-    split = image.split("/")[1]
-    return f"gtCoarse/{split}" if split == "train_extra" else f"gtFine/{split}"
+    _, split, city, _ = image.split("/")
+    return f"{'gtCoarse' if split == 'train_extra' else 'gtFine'}/{split}/{city}"
+
+
+def _label_file(image: str, present: set[str]) -> str | None:
+    folder = _label_folder(image)
+    name = PurePosixPath(image).name.removesuffix(_IMAGE_END)
+    stem = f"{folder}/{name}_{folder.partition('/')[0]}"
+    candidates = (f"{stem}_labelIds.png", f"{stem}_labelTrainIds.png")
+    return next((file for file in candidates if file in present), None)
 
 
 def _list(root: Path, pattern: str) -> list[str]:
@@ -170,7 +171,7 @@ def _read_image(path: Path) -> np.ndarray:
             f"The image {path} has mode {image.mode}. Convert it to 8-bit RGB or grayscale, "
             "without transparency."
         )
-    return np.array(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _read_label(path: Path) -> np.ndarray:
@@ -180,9 +181,9 @@ def _read_label(path: Path) -> np.ndarray:
             f"The label {path} has mode {image.mode}. Give a PNG with one 8-bit channel that "
             "holds label ids, not colors."
         )
-    label = np.array(image)
+    label = np.asarray(image)
     if path.name.endswith("_labelIds.png"):
-        return TRAIN_IDS[label]
+        return TRAIN_IDS.take(label)
     wrong = label[(label >= INFO.num_classes) & (label != IGNORE_LABEL)]
     if wrong.size:
         raise UserError(

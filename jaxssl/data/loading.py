@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import jaxssl.data
@@ -30,12 +31,13 @@ def load(
       UserError: the name is unknown, the data are missing, or an id is not among them.
     """
     name = config_data["name"]
-    names = _readers()
-    if name not in names:
+    reader = _reader(name)
+    if reader is None:
+        names = [m.name for m in pkgutil.iter_modules(jaxssl.data.__path__) if _reader(m.name)]
         raise UserError(
             f"There is no data set {name!r}. Set --config.data.name to one of: {', '.join(names)}."
         )
-    return importlib.import_module(f"jaxssl.data.{name}").load(config_data, split, labels, ids)
+    return reader.load(config_data, split, labels, ids)
 
 
 def training_sets(config_data: Mapping[str, Any]) -> tuple[splits.Split, dict[str, Source]]:
@@ -81,7 +83,10 @@ class Subset:
         return self._source[self._positions[index]]
 
 
-def _readers() -> list[str]:
-    machinery = {"loading", "pipeline", "splits", "transforms"}
-    modules = pkgutil.iter_modules(jaxssl.data.__path__)
-    return sorted(module.name for module in modules if module.name not in machinery)
+def _reader(name: str) -> ModuleType | None:
+    """The module of that name, if it reads a data set: it has a function `load`."""
+    modules = [module.name for module in pkgutil.iter_modules(jaxssl.data.__path__)]
+    if name not in modules or name == "loading":
+        return None
+    module = importlib.import_module(f"jaxssl.data.{name}")
+    return module if hasattr(module, "load") else None

@@ -26,7 +26,9 @@ def load(config: Mapping[str, Any]) -> contracts.Method:
     fields = dict(config)
     name = fields.pop("name")
     if name not in available():
-        raise contracts.UserError(f"Unknown method.name {name!r}. There are: {', '.join(available())}.")
+        raise contracts.UserError(
+            f"Unknown method.name {name!r}. There are: {', '.join(available())}."
+        )
     method = importlib.import_module(f"{__name__}.{name}").Method
     accepted = [field.name for field in dataclasses.fields(method)]
     for field in fields:

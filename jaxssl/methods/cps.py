@@ -1,5 +1,5 @@
-"""CPS: two students teach each other (Chen et al., Semi-Supervised Semantic Segmentation with Cross Pseudo
-Supervision, CVPR 2021); the co-training baseline of MKD.
+"""CPS: two students teach each other (Chen et al., Semi-Supervised Semantic Segmentation with Cross
+Pseudo Supervision, CVPR 2021); the co-training baseline of MKD.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxssl import contracts, losses, mixing
-from jaxssl.contracts import IGNORE_LABEL, Aux, Batch, Network, Params, Phase, Plan, Stream, Variables
+from jaxssl.contracts import (
+    IGNORE_LABEL,
+    Aux,
+    Batch,
+    Network,
+    Params,
+    Phase,
+    Plan,
+    Stream,
+    Variables,
+)
 from jaxssl.methods import supervised
 from jaxssl.state import TrainState
 
@@ -24,8 +34,8 @@ class Method(contracts.Method):
 
     Attributes:
       weight: of the cross supervision.
-      cutmix: students see CutMix images, and the pseudo-labels are those of the two source images, mixed alike;
-        else both see the images as they are, labeled ones too.
+      cutmix: students see CutMix images, and the pseudo-labels are those of the two source images,
+        mixed alike; else both see the images as they are, labeled ones too.
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 

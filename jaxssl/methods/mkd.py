@@ -1,5 +1,6 @@
-"""MKD: mutual knowledge distillation (Yuan et al., Semi-supervised Semantic Segmentation with Mutual Knowledge
-Distillation). Two students, a mean teacher of each, strong images and augmented features for the students.
+"""MKD: mutual knowledge distillation (Yuan et al., Semi-supervised Semantic Segmentation with
+Mutual Knowledge Distillation). Two students, a mean teacher of each, strong images and augmented
+features for the students.
 
 Where the released code differs from the paper, a field says so; its first value is the default.
 """
@@ -36,26 +37,32 @@ from jaxssl.state import TEACHER, TrainState
 class Method(contracts.Method):
     """`L = Ls + alpha * Lst + beta * Lss` (eq. 4).
 
-    Ls: each student against the labels (eq. 5). Lst: each student against the other student's teacher (eq. 2).
+    Ls: each student against the labels (eq. 5). Lst: each student against the other student's
+      teacher (eq. 2).
     Lss: each student against the other. The last two on strong unlabeled images.
 
     Attributes:
       alpha: weight of Lst.
       beta: weight of Lss.
-      teacher: a student learns from the "mutual" teacher (the other's), its "own" (mean teacher), or "none" (CPS).
-      strong: students see strong CutMix views of the unlabeled images; else they see what the teachers see.
+      teacher: a student learns from the "mutual" teacher (the other's), its "own" (mean teacher),
+        or "none" (CPS).
+      strong: students see strong CutMix views of the unlabeled images; else they see what the
+        teachers see.
       feature_augmentation: ISDA's term is added to logits (eq. 3).
-      threshold: teacher targets of lower probability are ignored; None keeps all (0.95: the paper's starred row).
+      threshold: teacher targets of lower probability are ignored; None keeps all (0.95: the paper's
+        starred row).
       consistency_on: Lst and Lss on "unlabeled" images, or on "all" (released).
-      augment: logits that ISDA's term is added to: "students" on unlabeled images, or "all" (released): theirs on
-        labeled images and the teachers' as well.
+      augment: logits that ISDA's term is added to: "students" on unlabeled images, or "all"
+        (released): theirs on labeled images and the teachers' as well.
       covariance: of a class's features, "diagonal" (released) or "full".
-      classifier_gradient: whether ISDA's term has a gradient in the classifier's kernel (eq. 3 does, released not).
+      classifier_gradient: whether ISDA's term has a gradient in the classifier's kernel (eq. 3
+        does, released not).
       strength: lambda of eq. 3 at the end of the run.
       ramp: of lambda, from 0: "cosine" or "linear".
       ema_decay_max: gamma of eq. 1, reached in the first updates (released .6).
       consistency_stride: image pixels per pixel of Lst and Lss, 4 or 8 (released).
-      weak_photometric: random brightness, contrast, saturation and hue in labeled and weak images (released).
+      weak_photometric: random brightness, contrast, saturation and hue in labeled and weak images
+        (released).
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
@@ -100,24 +107,32 @@ class Method(contracts.Method):
         main = Phase("main", plan.main_steps("unlabeled"), self.students, streams)
         return (*supervised.warmup_phase(plan, self.students), main)
 
-    def init_extra(self, nets: Mapping[str, Network], params: Mapping[str, Params]) -> dict[str, Any]:
+    def init_extra(
+        self, nets: Mapping[str, Network], params: Mapping[str, Params]
+    ) -> dict[str, Any]:
         """Feature statistics per class, for each network whose logits are augmented."""
         if not self.feature_augmentation:
             return {}
         full = self.covariance == "full"
         empty = {
-            name: empty_statistics(nets[name].classifier(params[name])[0], full=full) for name in nets
+            name: empty_statistics(nets[name].classifier(params[name])[0], full=full)
+            for name in nets
         }
         if self.augment == "all":
             empty |= {TEACHER + name: jax.tree.map(jnp.copy, empty[name]) for name in self.teachers}
         return {"features": empty}
 
     def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
-        """min(1 - 1/(k+1), gamma), k from 1: the paper updates at the start of a step, we at the end of the last.
+        """min(1 - 1/(k+1), gamma), k from 1: the paper updates at the start of a step, we at the
+        end of the last.
 
         While warming up, teachers are copies of the students.
         """
-        return 0.0 if phase.name == supervised.WARMUP else jnp.minimum(1 - 1 / (k + 2), self.ema_decay_max)
+        return (
+            0.0
+            if phase.name == supervised.WARMUP
+            else jnp.minimum(1 - 1 / (k + 2), self.ema_decay_max)
+        )
 
     def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
         """The most probable class, 255 where its probability is below the threshold."""
@@ -145,9 +160,17 @@ class Method(contracts.Method):
         images = self._views(batch, view_key)
         if phase.name == supervised.WARMUP:
             return supervised.warmup_loss(
-                self, nets, params, state, images.labeled, dropout_key, auxiliary_weight=self.auxiliary_weight
+                self,
+                nets,
+                params,
+                state,
+                images.labeled,
+                dropout_key,
+                auxiliary_weight=self.auxiliary_weight,
             )
-        seen, labeled_outputs, stats, teacher_stats = self._forward(nets, params, state, images, dropout_key)
+        seen, labeled_outputs, stats, teacher_stats = self._forward(
+            nets, params, state, images, dropout_key
+        )
 
         size = seen["a"].unlabeled.logits.shape[1:3]
         labels = mixing.resize_nearest(images.labeled["label"], size)
@@ -166,7 +189,9 @@ class Method(contracts.Method):
             if self.augment == "all" and name in params:
                 outputs = labeled_outputs[name]
                 nearest = mixing.resize_nearest(images.labeled["label"], outputs.logits.shape[1:3])
-                labeled_outputs[name] = outputs._replace(logits=augment(outputs.logits, nearest, table))
+                labeled_outputs[name] = outputs._replace(
+                    logits=augment(outputs.logits, nearest, table)
+                )
 
         if self.consistency_on == "all":
             valid = jnp.concatenate([labels != IGNORE_LABEL, valid])
@@ -193,7 +218,9 @@ class Method(contracts.Method):
                 for name, outputs in labeled_outputs.items()
             ]
         )
-        loss_st = total([losses.cross_entropy(logits[s], taught[TEACHER + t]) for s, t in teacher_of.items()])
+        loss_st = total(
+            [losses.cross_entropy(logits[s], taught[TEACHER + t]) for s, t in teacher_of.items()]
+        )
         loss_ss = total([losses.cross_entropy(logits[s], taught[t]) for s, t in other.items()])
         one = jnp.ones(())
         metrics = {
@@ -206,7 +233,9 @@ class Method(contracts.Method):
             ),
         }
         extra = {**state.extra, "features": features} if features else state.extra
-        return loss_s + self.alpha * loss_st + self.beta * loss_ss, Aux(stats, teacher_stats, extra, metrics)
+        return loss_s + self.alpha * loss_st + self.beta * loss_ss, Aux(
+            stats, teacher_stats, extra, metrics
+        )
 
     def _views(self, batch: Batch, key: jax.Array) -> Views:
         """Weak and strong images. Without strong views the mask keeps every pixel."""
@@ -225,8 +254,13 @@ class Method(contracts.Method):
         if not self.strong:
             return Views(labeled, weak_images, weak_images, None)
         mask = mixing.box_mask(mask_key, unlabeled["image"].shape[0], unlabeled["image"].shape[1:3])
-        strong = {"image": views.strong(strong_key, unlabeled["image"]), "valid": unlabeled["valid"]}
-        return Views(labeled, weak_images, jax.tree.map(lambda x: mixing.mix(mask, x), strong), mask)
+        strong = {
+            "image": views.strong(strong_key, unlabeled["image"]),
+            "valid": unlabeled["valid"],
+        }
+        return Views(
+            labeled, weak_images, jax.tree.map(lambda x: mixing.mix(mask, x), strong), mask
+        )
 
     def _forward(
         self,
@@ -236,7 +270,8 @@ class Method(contracts.Method):
         images: Views,
         key: jax.Array,
     ) -> tuple[dict[str, Seen], dict[str, Outputs], dict[str, Stats], dict[str, Stats]]:
-        """All networks' outputs at the consistency stride, and the students' labeled ones at the head's.
+        """All networks' outputs at the consistency stride, and the students' labeled ones at the
+        head's.
 
         Every network sees labeled and unlabeled images in batches of their own.
         """
@@ -282,14 +317,22 @@ class Method(contracts.Method):
     def _observe(
         self, statistics: FeatureStatistics, seen: Seen, labels: jax.Array, valid: jax.Array
     ) -> FeatureStatistics:
-        """Statistics with this batch's features: labeled at the ground truth, unlabeled at the own prediction."""
+        """Statistics with this batch's features: labeled at the ground truth, unlabeled at the own
+        prediction.
+        """
         own = jnp.where(valid, seen.unlabeled.logits.argmax(-1), IGNORE_LABEL)
         for outputs, classes in ((seen.labeled, labels), (seen.unlabeled, own)):
-            statistics = merge(statistics, feature_statistics(outputs.features, classes, like=statistics))
+            statistics = merge(
+                statistics, feature_statistics(outputs.features, classes, like=statistics)
+            )
         return statistics
 
-    def _table(self, kernel: jax.Array, statistics: FeatureStatistics, progress: jax.Array) -> jax.Array:
-        rising = {"cosine": lambda t: (1 - jnp.cos(jnp.pi * t)) / 2, "linear": lambda t: t}[self.ramp]
+    def _table(
+        self, kernel: jax.Array, statistics: FeatureStatistics, progress: jax.Array
+    ) -> jax.Array:
+        rising = {"cosine": lambda t: (1 - jnp.cos(jnp.pi * t)) / 2, "linear": lambda t: t}[
+            self.ramp
+        ]
         if not self.classifier_gradient:
             kernel = jax.lax.stop_gradient(kernel)
         return isda_table(kernel, statistics, self.strength * rising(progress))
@@ -316,7 +359,7 @@ class Views(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What one network computes from labeled and from unlabeled images, at the consistency stride."""
+    """What one network computes from labeled and unlabeled images, at the consistency stride."""
 
     labeled: Outputs
     unlabeled: Outputs
@@ -340,7 +383,9 @@ def empty_statistics(kernel: jax.Array, *, full: bool) -> FeatureStatistics:
     """Statistics before any pixel, for a classifier with kernel `[A,C]`."""
     A, C = kernel.shape
     zeros = jnp.zeros((C, A), kernel.dtype)
-    return FeatureStatistics(zeros[:, 0], zeros, jnp.zeros((C, A, A), kernel.dtype) if full else zeros)
+    return FeatureStatistics(
+        zeros[:, 0], zeros, jnp.zeros((C, A, A), kernel.dtype) if full else zeros
+    )
 
 
 def feature_statistics(
@@ -384,7 +429,9 @@ def merge(a: FeatureStatistics, b: FeatureStatistics) -> FeatureStatistics:
     return FeatureStatistics(count, a.mean + share * delta, a.m2 + b.m2 + between)
 
 
-def isda_table(kernel: jax.Array, statistics: FeatureStatistics, strength: jax.Array | float) -> jax.Array:
+def isda_table(
+    kernel: jax.Array, statistics: FeatureStatistics, strength: jax.Array | float
+) -> jax.Array:
     """What augmentation adds to logit j of a pixel of class y (eq. 3): it depends on (y, j) alone.
 
     Args:
@@ -406,7 +453,9 @@ def isda_table(kernel: jax.Array, statistics: FeatureStatistics, strength: jax.A
 
 
 def augment(logits: jax.Array, labels: jax.Array, table: jax.Array) -> jax.Array:
-    """Logits `[...,C]` of augmented features, given each pixel's class `[...]`; as they are where it is 255."""
+    """Logits `[...,C]` of augmented features, given each pixel's class `[...]`; as they are where
+    it is 255.
+    """
     known = (labels != IGNORE_LABEL)[..., None]
     return logits + jnp.where(known, table[jnp.where(labels == IGNORE_LABEL, 0, labels)], 0.0)
 
@@ -414,5 +463,7 @@ def augment(logits: jax.Array, labels: jax.Array, table: jax.Array) -> jax.Array
 def _resize(net: Network, outputs: Outputs, size: tuple[int, int]) -> Outputs:
     """Logits and features at another size; nothing else is needed from here on."""
     if outputs.features is None:
-        raise UserError("MKD needs a network that returns the input of its classifier as `features`.")
+        raise UserError(
+            "MKD needs a network that returns the input of its classifier as `features`."
+        )
     return Outputs(net.resize(outputs.logits, size), net.resize(outputs.features, size))

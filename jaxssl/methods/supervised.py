@@ -1,4 +1,4 @@
-"""Supervised training on the labeled images: the baseline, and the warm-up of every other method."""
+"""Supervised training on labeled images: the baseline, and the warm-up of every other method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxssl import contracts, losses, views
-from jaxssl.contracts import Aux, Batch, Network, Outputs, Params, Phase, Plan, Stats, Stream, Variables
+from jaxssl.contracts import (
+    Aux,
+    Batch,
+    Network,
+    Outputs,
+    Params,
+    Phase,
+    Plan,
+    Stats,
+    Stream,
+    Variables,
+)
 from jaxssl.state import TrainState
 
 WARMUP = "warmup"
@@ -21,7 +32,8 @@ class Method(contracts.Method):
     """One network, cross entropy on labeled images.
 
     Attributes:
-      strong: trains on MKD's strong view of the images, one photometric operation each, not on the images as they are.
+      strong: trains on MKD's strong view of the images, one photometric operation each, not on the
+        images as they are.
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
@@ -56,7 +68,9 @@ class Method(contracts.Method):
         if self.strong:
             view_key, key = jax.random.split(key)
             labeled = {**labeled, "image": views.strong(view_key, labeled["image"])}
-        return warmup_loss(self, nets, params, state, labeled, key, auxiliary_weight=self.auxiliary_weight)
+        return warmup_loss(
+            self, nets, params, state, labeled, key, auxiliary_weight=self.auxiliary_weight
+        )
 
 
 class Forward(NamedTuple):
@@ -90,7 +104,8 @@ def forward(
 def loss_at_full_size(
     net: Network, outputs: Outputs, labels: jax.Array, *, auxiliary_weight: float
 ) -> jax.Array:
-    """Cross entropy of the logits and, weighted, of an auxiliary head's, resized to the labels `[B,H,W]`.
+    """Cross entropy of the logits and, weighted, of an auxiliary head's, resized to the labels
+    `[B,H,W]`.
 
     Labels `[B]` of a classification batch meet their logits as they are.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
@@ -19,9 +20,6 @@ Form: TypeAlias = Literal["plain", "shifted", "matmul"]
 
 NormDef: TypeAlias = Callable[..., nn.Module]
 """Makes a normalization layer: `BatchNorm` with its mode bound."""
-
-kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
 
 def convolution(
     x: jax.Array,
@@ -103,7 +101,21 @@ def _taps(
 
 
 class Conv(nn.Module):
-    """A convolution with parameters `kernel` and, where asked for, `bias`."""
+    """A convolution with parameters `kernel` and, where asked for, `bias`.
+
+    The kernel's initial value is its standard deviation throughout: `network.LinenNetwork.init`
+    multiplies it by normal numbers.
+
+    Attributes:
+      features: O, channels of the output.
+      size: height and width of the kernel.
+      stride: of the output.
+      dilation: distance of the kernel's taps.
+      groups: 1, or the number of input channels for a depthwise convolution.
+      use_bias: adds a bias, initially 0.
+      std: standard deviation of the initial kernel; None: `sqrt(2 / (size^2 O))` (He et al.,
+        Delving deep into rectifiers, ICCV 2015, eq. 14).
+    """
 
     features: int
     size: int = 3
@@ -111,13 +123,14 @@ class Conv(nn.Module):
     dilation: int = 1
     groups: int = 1
     use_bias: bool = False
-    kernel_init: Callable[..., Any] = kaiming_normal
+    std: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B,H,W,I]` -> `[B, ceil(H/stride), ceil(W/stride), features]`."""
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
+        std = self.std or math.sqrt(2 / (self.size**2 * self.features))
+        kernel = self.param("kernel", nn.initializers.constant(std), shape)
         y = convolution(
             x,
             kernel.astype(x.dtype),
@@ -220,8 +233,7 @@ def classify(x: jax.Array, num_classes: int, dropout: float) -> tuple[jax.Array,
       Logits `[B,h,w,C]` and the features that were multiplied, both at least float32.
     """
     features = Dropout(dropout)(x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    normal = nn.initializers.normal(0.01)
-    conv = Conv(num_classes, 1, use_bias=True, kernel_init=normal, name="classifier")
+    conv = Conv(num_classes, 1, use_bias=True, std=0.01, name="classifier")
     return conv(features), features
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxssl.contracts import Outputs, Params, Stats, UserError, Variables
 from jaxssl.models import layers
@@ -60,11 +62,7 @@ class LinenNetwork(abc.ABC):
 
     def init(self, key: jax.Array, size: tuple[int, int]) -> Variables:
         """Draws parameters for images of `size` (height, width)."""
-        image = jnp.zeros((1, *size, 3), self.dtype)
-        variables = self.module(batch_stats=True).init(key, image)
-        # Statistics and parameters must have the dtype that they will have after a step.
-        variables = jax.tree.map(lambda x: x.astype(self._wide), variables)
-        return Variables(variables["params"], variables.get("batch_stats", {}))
+        return _draw(self, key, tuple(size))
 
     def apply(
         self,
@@ -104,15 +102,43 @@ class LinenNetwork(abc.ABC):
         return layers.resize_bilinear(logits, size, align_corners=self.align_corners)
 
     @property
-    def _wide(self) -> jnp.dtype:
+    def wide(self) -> jnp.dtype:
+        """Of parameters, statistics and logits."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def _normalized(self, image: jax.Array, valid: jax.Array | None) -> jax.Array:
-        mean, std = (jnp.asarray(value, self._wide) for value in (self.mean, self.std))
-        x = (image.astype(self._wide) - mean) / std
+        mean, std = (jnp.asarray(value, self.wide) for value in (self.mean, self.std))
+        x = (image.astype(self.wide) - mean) / std
         if valid is not None:
             x = jnp.where(valid[..., None], x, 0)
         return x.astype(self.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _draw(network: LinenNetwork, key: jax.Array, size: tuple[int, int]) -> Variables:
+    image = jnp.zeros((1, *size, 3), network.dtype)
+    variables = network.module(batch_stats=True).init(key, image)
+    params = _randomized(key, variables["params"])
+    # linen makes float32 statistics; they must have the dtype that they have after a step.
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(network.wide))
+    return Variables(cast(params), cast(variables.get("batch_stats", {})))
+
+
+def _randomized(key: jax.Array, params: Params) -> Params:
+    """Multiplies the kernels, which hold their standard deviations, by normal numbers.
+
+    One draw serves all: a generator per layer would take ten times as long to compile.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sizes = [leaf.size for path, leaf in leaves if _is_kernel(path)]
+    normal = iter(jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1]))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x * next(normal).reshape(x.shape) if _is_kernel(path) else x, params
+    )
+
+
+def _is_kernel(path: tuple[Any, ...]) -> bool:
+    return path[-1].key == "kernel"
 
 
 class EncoderDecoder(nn.Module):

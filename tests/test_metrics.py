@@ -1,0 +1,103 @@
+import jax
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn
+
+from jaxssl import metrics
+from jaxssl.sharding import batched, make_mesh
+
+C = 6
+
+
+def example(shape=(8, 9, 11), absent=(), seed=0):
+    """Labels with ignored pixels and predictions that are often right; `absent` never occurs."""
+    rng = np.random.default_rng(seed)
+    present = np.setdiff1d(np.arange(C), absent)
+    labels = rng.choice(present, shape).astype(np.uint8)
+    predictions = np.where(rng.random(shape) < 0.6, labels, rng.choice(present, shape))
+    labels[rng.random(shape) < 0.2] = 255
+    return labels, predictions.astype(np.int32)
+
+
+def counted(labels, predictions):
+    kept = labels != 255
+    return labels[kept], predictions[kept]
+
+
+def matrix(*args):
+    return np.asarray(metrics.confusion_matrix(*args, C), np.int64)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+@pytest.mark.parametrize("shape", [(50,), (8, 9, 11)])
+@pytest.mark.parametrize("absent", [(), (0, 5), (1, 2, 3, 4)])
+def test_confusion_matrix_is_sklearns(shape, absent, dtype):
+    labels, predictions = example(shape, absent)
+    confusion = jax.jit(metrics.confusion_matrix, static_argnums=2)(
+        labels, predictions.astype(dtype), C
+    )
+    assert confusion.dtype == np.int32
+    expected = sklearn.confusion_matrix(*counted(labels, predictions), labels=range(C))
+    np.testing.assert_array_equal(confusion, expected)
+
+
+def test_many_classes_do_not_wrap_around_in_uint8():
+    labels = np.arange(200, dtype=np.uint8)
+    confusion = metrics.confusion_matrix(labels, labels[::-1], 200)
+    np.testing.assert_array_equal(confusion, np.eye(200, dtype=int)[::-1])
+
+
+def test_ignored_predictions_and_empty_maps():
+    labels = np.array([0, 1, 255, 255], np.uint8)
+    predictions = np.array([0, 255, 1, 255], np.uint8)
+    confusion = np.asarray(metrics.confusion_matrix(labels, predictions, 2))
+    np.testing.assert_array_equal(confusion, [[1, 0], [0, 0]])
+    assert not np.asarray(metrics.confusion_matrix(labels[2:], predictions[2:], 2)).any()
+
+
+def test_confusion_matrix_over_devices():
+    labels, predictions = example()
+    split = jax.device_put((labels, predictions), batched(make_mesh()))
+    confusion = jax.jit(metrics.confusion_matrix, static_argnums=2)(*split, C)
+    expected = sklearn.confusion_matrix(*counted(labels, predictions), labels=range(C))
+    np.testing.assert_array_equal(confusion, expected)
+
+
+@pytest.mark.parametrize("absent", [(), (0, 5), (1, 2, 3, 4)])
+def test_scores_are_sklearns(absent):
+    labels, predictions = example(absent=absent)
+    confusion = matrix(labels, predictions)
+    truth, guess = counted(labels, predictions)
+    present = np.setdiff1d(np.arange(C), absent)
+    expected = np.full(C, np.nan)
+    expected[present] = sklearn.jaccard_score(truth, guess, labels=present, average=None)
+    np.testing.assert_allclose(metrics.iou(confusion), expected)
+    assert metrics.iou(confusion).dtype == np.float64
+    np.testing.assert_allclose(metrics.mean_iou(confusion), expected[present].mean())
+    np.testing.assert_allclose(
+        metrics.pixel_accuracy(confusion), sklearn.accuracy_score(truth, guess)
+    )
+    expected[present] = sklearn.recall_score(truth, guess, labels=present, average=None)
+    np.testing.assert_allclose(metrics.class_accuracy(confusion), expected)
+
+
+def test_classes_that_occur_on_one_side_only():
+    """By hand: class 1 is predicted but never true, class 2 true but never predicted, 3 neither."""
+    confusion = np.array([[6, 2, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(metrics.iou(confusion), [6 / 12, 0, 0, np.nan])
+    assert metrics.mean_iou(confusion) == pytest.approx(0.5 / 3)
+    assert metrics.pixel_accuracy(confusion) == 0.5
+    np.testing.assert_array_equal(metrics.class_accuracy(confusion), [6 / 8, np.nan, 0, np.nan])
+
+
+def test_nothing_counted():
+    empty = np.zeros((C, C), np.int64)
+    assert np.isnan(metrics.iou(empty)).all()
+    assert np.isnan(metrics.class_accuracy(empty)).all()
+    assert np.isnan(metrics.mean_iou(empty))
+    assert np.isnan(metrics.pixel_accuracy(empty))
+
+
+def test_counts_beyond_int32():
+    confusion = np.full((2, 2), 2**40, np.int64)
+    np.testing.assert_allclose(metrics.iou(confusion), 1 / 3)

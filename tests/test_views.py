@@ -1,0 +1,271 @@
+import colorsys
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from PIL import Image, ImageEnhance, ImageOps
+from scipy.ndimage import gaussian_filter1d
+
+from jaxssl import views
+from jaxssl.sharding import batched, make_mesh
+
+RNG = np.random.default_rng(0)
+PHOTO = np.asarray(  # smooth, colorful, with black and white, and no channel like another
+    np.clip(
+        127 + 150 * np.sin(np.add.outer(np.arange(20.0) / 3, np.arange(28.0) / 5))[..., None]
+        + [10, -20, 0] + RNG.normal(0, 25, (20, 28, 3)), 0, 255,
+    ),
+    np.uint8,
+)  # fmt: skip
+NOISE = RNG.integers(0, 256, (20, 28, 3), np.uint8)
+TINY = RNG.integers(0, 256, (3, 5, 3), np.uint8)
+FLAT = np.full((4, 6, 3), 77, np.uint8)
+DARK = PHOTO // 8
+RANDOM = (views.color_jitter, views.gaussian_blur, views.strong, views.photometric_distortion)
+
+
+def as_float(image):
+    return jnp.asarray(image, jnp.float32)
+
+
+def copies(count, pixels):
+    """`count` images of one row with the given pixels."""
+    return np.tile(np.array(pixels, np.float32), (count, 1, 1, 1))
+
+
+def hsv(image):
+    """Hue in turns, saturation in [0,1] and value in [0,255] of each pixel."""
+    pixels = np.reshape(image, (-1, 3)) / 255
+    return np.reshape([colorsys.rgb_to_hsv(*p) for p in pixels], np.shape(image)) * [1, 1, 255]
+
+
+def rgb(image):
+    pixels = np.reshape(image / [1, 1, 255], (-1, 3))
+    return 255 * np.reshape([colorsys.hsv_to_rgb(*p) for p in pixels], np.shape(image))
+
+
+def turned(turns):
+    """The same hue difference, in [-1/2, 1/2)."""
+    return (turns + 0.5) % 1 - 0.5
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.9, 1.0, 1.5])
+@pytest.mark.parametrize(
+    ("adjust", "enhance"),
+    [
+        (views.brightness, ImageEnhance.Brightness),
+        (views.contrast, ImageEnhance.Contrast),
+        (views.saturation, ImageEnhance.Color),
+    ],
+)
+@pytest.mark.parametrize("image", [PHOTO, NOISE, DARK], ids=["photo", "noise", "dark"])
+def test_adjustments_are_pillows_within_a_level(image, adjust, enhance, factor):
+    expected = np.asarray(enhance(Image.fromarray(image)).enhance(factor), int)
+    result = np.floor(np.asarray(adjust(as_float(image), factor)) + 1e-3)
+    assert abs(result - expected).max() <= 1
+
+
+@pytest.mark.parametrize("turns", [-0.25, 0.0, 0.1, 0.5])
+@pytest.mark.parametrize("image", [NOISE, FLAT], ids=["noise", "gray"])
+def test_hue_turns_hsv(image, turns):
+    expected = rgb(hsv(image) + [turns, 0, 0])
+    np.testing.assert_allclose(views.hue(as_float(image), turns), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("image", [PHOTO, NOISE], ids=["photo", "noise"])
+def test_grayscale_is_pillows_luma(image):
+    expected = np.asarray(Image.fromarray(image).convert("L"), float)
+    result = np.asarray(views.grayscale(as_float(image)))
+    assert abs(result - expected[..., None]).max() <= 0.51
+
+
+@pytest.mark.parametrize("image", [PHOTO, NOISE, TINY, FLAT, DARK, NOISE // 200 * 255])
+def test_equalize_is_pillows(image):
+    expected = ImageOps.equalize(Image.fromarray(image))
+    np.testing.assert_array_equal(views.equalize(as_float(image)), expected)
+
+
+def test_equalize_rounds_and_takes_batches():
+    batch = np.stack([PHOTO, NOISE, DARK])
+    expected = [np.asarray(ImageOps.equalize(Image.fromarray(image))) for image in batch]
+    off = RNG.uniform(-0.4, 0.4, batch.shape)
+    np.testing.assert_array_equal(views.equalize(as_float(batch + off)), expected)
+
+
+@pytest.mark.parametrize("threshold", [0, 100, 128, 256])
+def test_solarize_is_pillows(threshold):
+    expected = ImageOps.solarize(Image.fromarray(NOISE), threshold)
+    np.testing.assert_array_equal(views.solarize(as_float(NOISE), threshold), expected)
+
+
+@pytest.mark.parametrize(("size", "sigma"), [(3, 0.1), (3, 1.3), (5, 0.8), (7, 2.0)])
+def test_blur_is_a_gaussian_filter(size, sigma):
+    expected = PHOTO.astype(float)
+    for axis in (0, 1):
+        expected = gaussian_filter1d(expected, sigma, axis, mode="mirror", radius=size // 2)
+    blurred = views.gaussian_blur(
+        jax.random.key(0), PHOTO[None], kernel=(size, size), sigma=(sigma, sigma)
+    )
+    np.testing.assert_allclose(blurred[0], expected, atol=1e-3)
+
+
+def test_blur_draws_size_and_sigma():
+    impulse = np.zeros((1500, 9, 9, 3), np.float32)
+    impulse[:, 4, 4] = 255
+    response = np.asarray(views.gaussian_blur(jax.random.key(1), impulse, sigma=(1.0, 2.0)))
+    row = response[:, 4, :, 0]
+    sizes, counts = np.unique((row > 0).sum(1), return_counts=True)
+    np.testing.assert_array_equal(sizes, [3, 5, 7])
+    assert abs(counts - 500).max() < 75  # four standard deviations
+    sigma = np.sqrt(0.5 / np.log(row[:, 4] / row[:, 5]))
+    np.testing.assert_allclose(np.quantile(sigma, [0, 0.5, 1]), [1, 1.5, 2], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "spread", "low", "high", "measure"),
+    [
+        ("brightness", 0.5, 0.5, 1.5, lambda images: images[:, 0, 1, 0] / 80),
+        ("brightness", 1.2, 0.0, 2.2, lambda images: images[:, 0, 1, 0] / 80),
+        ("contrast", 0.5, 0.5, 1.5, lambda images: np.ptp(images[:, 0, :, 1], axis=1) / 50),
+        ("saturation", 0.5, 0.5, 1.5, lambda images: np.ptp(images[:, 0, 0], axis=1) / 10),
+        ("hue", 0.25, -0.25, 0.25, lambda images: turned(hsv(images[:, 0, 0])[:, 0])),
+    ],
+)
+def test_jitter_amounts_are_uniform(name, spread, low, high, measure):
+    spreads = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0} | {name: spread}
+    images = copies(2000, [[30, 20, 20], [80, 70, 70]])
+    amounts = measure(np.asarray(views.color_jitter(jax.random.key(2), images, **spreads)))
+    quantiles = np.quantile(amounts, np.linspace(0, 1, 5))
+    np.testing.assert_allclose(quantiles, np.linspace(low, high, 5), atol=0.05 * (high - low))
+
+
+def test_jitter_order_is_random():
+    color = np.array([200, 50, 50])
+    images = copies(1000, [color])
+    result = views.color_jitter(
+        jax.random.key(3), images, brightness=0, contrast=0, saturation=0.25, hue=0.5
+    )
+    pixels = np.asarray(result, float)[:, 0, 0]
+    factor = np.ptp(pixels, axis=1) / 150
+    gray_blended = (pixels.max(1) - 200 * factor) / (1 - factor)
+    before_hue = abs(gray_blended - color @ [0.299, 0.587, 0.114]) < 0.5
+    assert abs(before_hue.mean() - 0.5) < 0.07
+
+
+def distorted(image, shift, gain, saturation_gain, turns, contrast_first):
+    """PhotoMetricDistortion of an image, given its draws."""
+    image = np.clip(image + shift, 0, 255)
+    if contrast_first:
+        image = np.clip(image * gain, 0, 255)
+    hue, saturation, value = np.moveaxis(hsv(image), -1, 0)
+    saturation = np.minimum(saturation * saturation_gain, 1)
+    image = rgb(np.stack([hue + turns, saturation, value], -1))
+    return image if contrast_first else np.clip(image * gain, 0, 255)
+
+
+@pytest.fixture(scope="module")
+def distortion():
+    """Images, their distortions and the draws recovered from two pixels that are never clipped."""
+    images = copies(1500, [[100, 100, 100], [120, 100, 80], [250, 120, 30]])
+    result = np.asarray(views.photometric_distortion(jax.random.key(4), images), float)
+    gray, color = result[:, 0, 0, 0], result[:, 0, 1]
+    gain = (color.max(1) - gray) / 20
+    shift = gray / gain - 100
+    saturation_gain = np.ptp(color, axis=1) / (40 * gain)
+    turns = turned(hsv(color)[:, 0] - 30 / 360)
+    return images, result, (shift, gain, saturation_gain, turns)
+
+
+@pytest.mark.parametrize(
+    ("draw", "neutral", "low", "high"),
+    [(0, 0, -32, 32), (1, 1, 0.5, 1.5), (2, 1, 0.5, 1.5), (3, 0, -0.1, 0.1)],
+    ids=["brightness", "contrast", "saturation", "hue"],
+)
+def test_distortion_amounts(distortion, draw, neutral, low, high):
+    amounts = distortion[2][draw]
+    changed = abs(amounts - neutral) > 1e-5 * (high - low)
+    assert abs(changed.mean() - 0.5) < 0.05
+    quantiles = np.quantile(amounts[changed], np.linspace(0, 1, 5))
+    np.testing.assert_allclose(quantiles, np.linspace(low, high, 5), atol=0.05 * (high - low))
+
+
+def test_distortion_order(distortion):
+    images, result, draws = distortion
+    off = []
+    for contrast_first in (True, False):
+        expected = [
+            distorted(image, *amounts, contrast_first)
+            for image, *amounts in zip(images, *draws, strict=True)
+        ]
+        off.append(abs(result - expected).max((1, 2, 3)))
+    first, last = off
+    assert np.minimum(first, last).max() < 0.05
+    differ = abs(first - last) > 1
+    assert abs((first < last)[differ].mean() - 0.5) < 0.1
+
+
+def test_strong_applies_one_operation():
+    """Each operation leaves its mark on a corner; blur leaves it alone, jitter gives the rest."""
+    image = np.zeros((1, 12, 3), np.uint8)
+    image[:, :6], image[:, 6:] = [200, 90, 30], [20, 220, 140]
+    image = np.repeat(image, 8, axis=0)
+    pil = Image.fromarray(image)
+    corner = {
+        "blur": image[0, 0],
+        "equalize": np.asarray(ImageOps.equalize(pil))[0, 0],
+        "solarize": np.asarray(ImageOps.solarize(pil))[0, 0],
+        "grayscale": np.dot(image[0, 0], [0.299, 0.587, 0.114]),
+    }
+    views_ = views.strong(jax.random.key(5), np.repeat(image[None], 3000, axis=0))
+    result = np.asarray(views_)[:, 0, 0]
+    counts = {n: (abs(result - c) < 1e-2).all(-1).sum() for n, c in corner.items()}
+    counts = np.array([3000 - sum(counts.values()), *counts.values()])
+    expected = 3000 * np.array([3, 5, 1, 1, 5]) / 15
+    assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees, p = .001
+
+
+@pytest.mark.parametrize("weights", [(3, 5, 1, 1, 5), (1, 0, 2)])
+def test_choose_follows_weights(weights):
+    counts = np.bincount(views.choose(jax.random.key(6), 20000, weights), minlength=len(weights))
+    np.testing.assert_allclose(counts / 20000, np.divide(weights, sum(weights)), atol=0.015)
+
+
+@pytest.mark.parametrize("change", RANDOM)
+def test_random_functions_keep_shape_and_range(change):
+    batch = np.stack([PHOTO, NOISE, DARK, NOISE // 128 * 255])
+    result = np.asarray(jax.jit(change)(jax.random.key(7), batch))
+    assert (result.shape, result.dtype) == (batch.shape, np.float32)
+    assert 0 <= result.min() < result.max() <= 255
+    np.testing.assert_array_equal(result, jax.jit(change)(jax.random.key(7), as_float(batch)))
+    assert (result != jax.jit(change)(jax.random.key(8), batch)).any()
+
+
+@pytest.mark.parametrize("change", RANDOM)
+def test_images_do_not_depend_on_each_other(change):
+    batch = np.stack([PHOTO, NOISE] * 8)
+    other = batch.copy()
+    other[1::2] = 255 - other[1::2]
+    change = jax.jit(change)
+    result = np.asarray(change(jax.random.key(9), batch))
+    np.testing.assert_array_equal(change(jax.random.key(9), other)[::2], result[::2])
+    assert any((result[0] != view).any() for view in result[2::2])
+
+
+@pytest.mark.parametrize("change", RANDOM)
+def test_split_over_devices(change):
+    mesh = make_mesh()
+    batch = np.stack([PHOTO, NOISE, DARK, PHOTO] * 2)
+    split = jax.device_put(batch, batched(mesh))
+    result = jax.jit(change, out_shardings=batched(mesh))(jax.random.key(10), split)
+    np.testing.assert_allclose(result, jax.jit(change)(jax.random.key(10), batch), atol=1e-3)
+
+
+@pytest.mark.parametrize("change", RANDOM)
+def test_double_precision_draws_the_same(change):
+    batch = np.stack([PHOTO, NOISE] * 4)
+    single = change(jax.random.key(11), batch)
+    with jax.enable_x64(True):
+        double = change(jax.random.key(11), batch)
+    assert double.dtype == np.float64
+    np.testing.assert_allclose(single, double, atol=1e-2)
