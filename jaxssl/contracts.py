@@ -283,6 +283,9 @@ class Plan:
       steps: updates of the main phase, or None where `epochs` decides.
       epochs: passes over a stream's images, or None where `steps` decides.
       warmup: supervised updates before the method starts.
+      crop: height and width of training images, for sweeps that label by windows of that size; None
+        where the images are not cropped.
+      seed: of the run, for sweeps that draw at random.
     """
 
     sizes: Mapping[str, int]
@@ -291,6 +294,8 @@ class Plan:
     steps: int | None = None
     epochs: float | None = None
     warmup: int = 0
+    crop: tuple[int, int] | None = None
+    seed: int = 0
 
     def main_steps(self, stream: str) -> int:
         """Updates of the main phase, an epoch being one pass over `stream`."""

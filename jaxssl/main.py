@@ -20,8 +20,9 @@ def main(argv: Sequence[str]) -> int:
     from jaxssl import phases
     from jaxssl.contracts import UserError
 
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)  # orbax alone writes twenty lines a checkpoint
+    # absl itself raises the level to INFO; orbax alone would write twenty lines a checkpoint.
+    if not any(argument.startswith("--verbosity") for argument in sys.argv):
+        logging.set_verbosity(logging.WARNING)
     try:
         if len(argv) > 1:
             raise UserError(

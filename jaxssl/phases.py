@@ -127,7 +127,7 @@ def train_all(run: Run) -> TrainState:
         frozen = {
             name: read_weights(run, weights) for name, weights in run.phases[i].frozen.items()
         }
-        if int(state.step) == run.begin(i) and i > 0:
+        if int(state.step) == run.begin(i) and (i > 0 or run.phases[i].sweeps):
             state = enter(run, i, state)
         if int(state.step) < run.begin(i + 1):
             state = train.train_phase(run, i, state, frozen)
@@ -139,10 +139,10 @@ def restore_or_create(run: Run) -> tuple[int, TrainState]:
     latest = run.checkpoints.latest()
     run.logger.rewind(-1 if latest is None else latest[0])
     if latest is None:
-        variables = draw(run.nets, jax.random.key(run.config.seed), tuple(run.config.crop))
-        make = jax.jit(
-            functools.partial(make_state, run, 0), out_shardings=sharding.replicated(run.mesh)
-        )
+        everywhere = sharding.replicated(run.mesh)
+        key = jax.random.key(run.config.seed)
+        variables = draw(run.nets, key, tuple(run.config.crop), everywhere)
+        make = jax.jit(functools.partial(make_state, run, 0), out_shardings=everywhere)
         return 0, make(variables)
     step, meta = latest
     phases = [[phase.name, phase.steps] for phase in run.phases]
@@ -187,7 +187,8 @@ def enter(run: Run, index: int, state: TrainState) -> TrainState:
         state = state.with_network(name, read_weights(run, weights))
     for name in phase.reinitialize:
         key = jax.random.fold_in(jax.random.key(run.config.seed), run.begin(index))
-        drawn = draw({name: run.nets[name]}, key, tuple(run.config.crop))
+        everywhere = sharding.replicated(run.mesh)
+        drawn = draw({name: run.nets[name]}, key, tuple(run.config.crop), everywhere)
         state = state.with_network(name, drawn[name])
     extra = sweep_all(run, index, state)
 

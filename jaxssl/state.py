@@ -63,13 +63,19 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def draw(
-    nets: Mapping[str, Network], key: jax.Array, size: tuple[int, int]
+    nets: Mapping[str, Network],
+    key: jax.Array,
+    size: tuple[int, int],
+    sharding: jax.sharding.Sharding,
 ) -> dict[str, Variables]:
     """Random variables of each student, for images of `size`; student i draws from `fold_in(key,
     i)`.
     """
     # Compiling an initialization takes seconds; students of one architecture share it.
-    draws = {net: jax.jit(functools.partial(net.init, size=size)) for net in set(nets.values())}
+    draws = {
+        net: jax.jit(functools.partial(net.init, size=size), out_shardings=sharding)
+        for net in set(nets.values())
+    }
     return {
         name: draws[net](jax.random.fold_in(key, i)) for i, (name, net) in enumerate(nets.items())
     }

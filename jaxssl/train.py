@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxssl import panels, sharding
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.config import Config
-from jaxssl.contracts import Method, Network, Phase, Source, UserError, Variables, Weights
+from jaxssl.contracts import Method, Network, Phase, Source, Variables, Weights
 from jaxssl.data import loading, pipeline
 from jaxssl.data.transforms import Augment
 from jaxssl.evaluate import Evaluation, Evaluator
@@ -109,8 +109,11 @@ def train_phase(
     sums = MetricSums()
     run.console.phase(phase.name, phase.steps, step - begin)
     with _batches(run, index, start=step - begin) as batches:
-        for batch in batches:
-            state, metrics = train_step(state, frozen, sharding.to_devices(batch, run.mesh), clock)
+        for rows in batches:
+            batch = sharding.to_devices(rows, run.mesh)
+            if step == begin:
+                check_fixed_point(train_step, state, frozen, batch, clock)
+            state, metrics = train_step(state, frozen, batch, clock)
             sums.add(metrics)
             step += 1
             done, last = step - begin, step == end
@@ -288,13 +291,17 @@ def _score_values(name: str, score: Evaluation, classes: Sequence[str]) -> dict[
 
 
 def check_fixed_point(step: Any, state: TrainState, *rest: Any) -> None:
-    """Makes sure that a step gives back a state of the same shapes and dtypes; orbax would cast
-    silently.
+    """Makes sure that a step keeps the state's shapes and dtypes; orbax would cast silently.
+
+    Raises:
+      TypeError: names the leaves that a method changes.
     """
-
-    def kinds(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-
     after = jax.eval_shape(step, state, *rest)[0]
-    if kinds(after) != kinds(state):
-        raise UserError("The method changes shapes or dtypes of the state; it must keep them.")
+    before, structure = jax.tree_util.tree_flatten_with_path(state)
+    if jax.tree.structure(after) != structure:
+        raise TypeError("The step returns a state of another structure than it got.")
+    for (path, old), new in zip(before, jax.tree.leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            kinds = f"{old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}"
+            raise TypeError(f"The step changes {name} from {kinds}.")

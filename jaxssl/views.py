@@ -156,7 +156,7 @@ def strong(
       float32 `[B,H,W,3]` in [0,255] (float64 with `jax_enable_x64`).
     """
     choice_key, jitter_key, blur_key = jax.random.split(key, 3)
-    image = image.astype(float)
+    image = jnp.asarray(image, float)
     views = (
         color_jitter(jitter_key, image),
         gaussian_blur(blur_key, image),
@@ -210,7 +210,7 @@ def _per_image(
     change: Callable[[jax.Array, jax.Array], jax.Array], key: jax.Array, image: jax.Array
 ) -> jax.Array:
     keys = jax.random.split(key, image.shape[0])
-    return jax.vmap(change)(keys, image.astype(float))
+    return jax.vmap(change)(keys, jnp.asarray(image, float))
 
 
 def _clip(image: jax.Array) -> jax.Array:

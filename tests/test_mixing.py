@@ -59,7 +59,7 @@ def test_a_single_box(size, area):
     )
 
 
-@pytest.mark.parametrize("boxes", [1, 2, 3])
+@pytest.mark.parametrize("boxes", [2, 3])
 def test_overlapping_boxes_toggle(boxes):
     """Squares this large all cover the center."""
     mask = mixing.box_mask(jax.random.key(2), 50, (33, 33), boxes=boxes, area=(1.0, 1.0))
@@ -95,16 +95,16 @@ def test_mix_across_devices():
     )
 
 
-def test_resize_mask_by_hand():
+def test_resize_nearest_by_hand():
     mask = np.arange(8)[None, :, None] * 10 + np.arange(5)[None, None]
-    np.testing.assert_array_equal(mixing.resize_mask(mask, (2, 3))[0], [[0, 1, 3], [40, 41, 43]])
-    np.testing.assert_array_equal(mixing.resize_mask(mask, (8, 5)), mask)
+    np.testing.assert_array_equal(mixing.resize_nearest(mask, (2, 3))[0], [[0, 1, 3], [40, 41, 43]])
+    np.testing.assert_array_equal(mixing.resize_nearest(mask, (8, 5)), mask)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("size", [(128, 256), (129, 257), (65, 33), (512, 1024), (600, 100)])
-def test_resize_mask_is_torchs_nearest(size):
+def test_resize_nearest_is_torchs_nearest(size):
     torch = pytest.importorskip("torch")
     labels = np.random.default_rng(6).integers(0, 256, (2, 512, 769), np.uint8)
     expected = torch.nn.functional.interpolate(torch.tensor(labels)[:, None], size=size)[:, 0]
-    np.testing.assert_array_equal(mixing.resize_mask(labels, size), expected)
+    np.testing.assert_array_equal(mixing.resize_nearest(labels, size), expected)

@@ -59,12 +59,17 @@ class Batches:
             raise StopIteration
         try:
             batch = next(self._iterator)
+        except UserError as error:
+            # The traceback would keep arrays in shared memory alive for as long as the error.
+            raise error.with_traceback(None) from None
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
+            code = str(error).partition("exit code ")[2].partition(".")[0]
             raise UserError(
-                f"A data worker process died: {error} Often memory ran out: use fewer workers."
-            ) from error
+                f"A data worker process died with exit code {code}, often because memory ran out. "
+                "Use fewer, --config.data.workers=N, or smaller crops and batches."
+            ) from error.with_traceback(None)
         # A worker's arrays lie in shared memory. The copy frees it now: what lives until the
         # interpreter's exit is reported as leaked.
         return {

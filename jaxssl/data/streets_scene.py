@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import sqrt
-from typing import NamedTuple, TypeAlias, TypeVar
+from operator import mul
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,18 +25,21 @@ Color: TypeAlias = tuple[float, float, float]
 Point: TypeAlias = tuple[float, float, float]
 """x, y, z in the world; also a direction."""
 
+Ring: TypeAlias = tuple[tuple[float, float], ...]
+"""An outline around the origin, about one unit away."""
+
 UP: Point = (0.0, 1.0, 0.0)
 TOWARD: Point = (0.0, 0.0, -1.0)
 
 _CLASS = {name: index for index, name in enumerate(INFO.classes)} | {"ignore": IGNORE_LABEL}
-_NEAR, _FAR = 1.2, 130.0
-_SLICES = (_NEAR, 2.5, 4.0, 6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, _FAR)
-_RING = (
+NEAR, FAR = 1.2, 130.0
+_SLICES = (NEAR, 2.5, 4.0, 6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, FAR)
+RING: Ring = (
     (1.0, 0.0), (0.866, 0.5), (0.5, 0.866), (0.0, 1.0), (-0.5, 0.866), (-0.866, 0.5),
     (-1.0, 0.0), (-0.866, -0.5), (-0.5, -0.866), (0.0, -1.0), (0.5, -0.866), (0.866, -0.5),
 )  # fmt: skip
 
-_FACADES: tuple[tuple[Color, ...], ...] = (
+FACADES: tuple[tuple[Color, ...], ...] = (
     ((214, 196, 160), (226, 214, 190), (201, 178, 140), (190, 160, 130)),
     ((150, 84, 66), (170, 100, 80), (128, 74, 62), (184, 130, 104)),
     ((160, 160, 158), (140, 142, 146), (178, 176, 170), (118, 120, 124)),
@@ -48,18 +52,22 @@ _FOLIAGE: tuple[Color, ...] = (
     (84, 120, 50), (66, 104, 48), (104, 136, 58), (48, 84, 48), (128, 132, 60), (170, 112, 44),
     (150, 84, 40), (104, 92, 76),
 )  # fmt: skip
-_GRASS: tuple[Color, ...] = (
+ASPHALT: tuple[Color, ...] = ((96, 96, 98), (112, 110, 108), (82, 82, 86), (124, 118, 112))
+MASONRY: tuple[Color, ...] = (
+    (150, 146, 138), (110, 92, 74), (170, 160, 150), (84, 88, 92), (128, 78, 62),
+)  # fmt: skip
+GRASS: tuple[Color, ...] = (
     (104, 140, 66), (88, 122, 58), (126, 138, 78), (160, 148, 98), (132, 112, 86), (112, 128, 84),
 )  # fmt: skip
-_PAVING: tuple[Color, ...] = (
+PAVING: tuple[Color, ...] = (
     (164, 160, 152), (178, 174, 166), (150, 118, 104), (128, 126, 124), (142, 136, 124),
 )  # fmt: skip
-_CAR_PAINT: tuple[Color, ...] = (
+CAR_PAINT: tuple[Color, ...] = (
     (228, 228, 226), (30, 31, 34), (150, 154, 158), (92, 96, 102), (168, 32, 36), (40, 62, 120),
     (190, 190, 186), (52, 56, 60), (62, 84, 74), (176, 158, 124), (112, 40, 44), (88, 120, 160),
     (220, 190, 60),
 )  # fmt: skip
-_CLOTHES: tuple[Color, ...] = (
+CLOTHES: tuple[Color, ...] = (
     (34, 36, 44), (60, 66, 92), (120, 118, 116), (176, 48, 48), (204, 200, 190), (52, 84, 140),
     (96, 80, 62), (72, 96, 70), (196, 160, 60), (140, 84, 120), (228, 230, 232),
 )  # fmt: skip
@@ -115,13 +123,6 @@ class Camera(NamedTuple):
     roll: float
     bend: float
 
-    def project(self, point: Point) -> tuple[float, float]:
-        """Column, from the middle, and row, from the top."""
-        x, y, z = point
-        z = max(z, 0.6)
-        u = self.yaw + self.focal * (x / z + self.bend * z)
-        return u, self.horizon + self.focal * (self.height - y) / z + self.roll * u
-
 
 class Light(NamedTuple):
     """What colors the scene.
@@ -149,16 +150,20 @@ class Light(NamedTuple):
     def on(self, color: Color, normal: Point | None, z: float) -> tuple[int, int, int]:
         """Color of a surface z meters away; one without normal shines by itself."""
         fog = z / (z + self.visibility)
-        if normal is None:
-            gains = (1.0, 1.0, 1.0)
-        else:
-            facing = max(0.0, sum(a * b for a, b in zip(normal, self.direction, strict=True)))
-            gains = [a + s * facing for a, s in zip(self.ambient, self.sun, strict=True)]
-        red, green, blue = (
-            min(255, int(c * gain * (1 - fog) + haze * fog))
-            for c, gain, haze in zip(color, gains, self.horizon, strict=True)
+        keep = 1 - fog
+        haze_r, haze_g, haze_b = self.horizon
+        r, g, b = color
+        if normal is not None:
+            facing = sum(map(mul, normal, self.direction))
+            facing = max(0.0, facing)
+            r *= self.ambient[0] + self.sun[0] * facing
+            g *= self.ambient[1] + self.sun[1] * facing
+            b *= self.ambient[2] + self.sun[2] * facing
+        return (
+            min(255, int(r * keep + haze_r * fog)),
+            min(255, int(g * keep + haze_g * fog)),
+            min(255, int(b * keep + haze_b * fog)),
         )
-        return red, green, blue
 
 
 class Canvas:
@@ -177,6 +182,8 @@ class Canvas:
         self._opaque = ImageDraw.Draw(self.image)
         self._glaze = ImageDraw.Draw(self.image, "RGBA")
         self._mark = ImageDraw.Draw(self.label)
+        self._meter = camera.focal * self._height
+        self._middle = self._width / 2 + camera.yaw * self._height
 
     def polygon(
         self,
@@ -186,15 +193,13 @@ class Canvas:
         normal: Point | None = UP,
         opacity: float = 1.0,
     ) -> None:
-        corners = [value for point in points for value in self._place(point)]
-        if color is not None:
-            ink = self.light.on(color, normal, points[0][2])
-            if opacity < 1:
-                self._glaze.polygon(corners, (*ink, int(255 * opacity)))
-            else:
-                self._opaque.polygon(corners, ink)
-        if label is not None:
-            self._mark.polygon(corners, _CLASS[label])
+        corners: list[float] = []
+        for point in points:
+            corners += self._place(point)
+        columns = corners[::2]
+        if max(columns) < 0 or min(columns) > self._width:
+            return
+        self._fill(corners, color, label, normal, points[0][2], opacity)
 
     def line(
         self,
@@ -207,7 +212,7 @@ class Canvas:
     ) -> None:
         """Draws a bar `width` meters wide, and at least about one pixel of the final picture."""
         ends = (*self._place(start), *self._place(end))
-        pixels = round(max(width * self._meter(start[2]), 1.1 * self._pixel))
+        pixels = round(max(width * self._meter / start[2], 1.1 * self._pixel))
         if color is not None:
             self._opaque.line(ends, self.light.on(color, normal, start[2]), pixels)
         if label is not None:
@@ -221,13 +226,32 @@ class Canvas:
         label: str | None = None,
         normal: Point | None = TOWARD,
         opacity: float = 1.0,
-        ring: Sequence[tuple[float, float]] = _RING,
+        ring: Ring = RING,
         squash: float = 1.0,
     ) -> None:
         """Draws what faces the camera: a circle, or another outline about the center."""
-        x, y, z = center
-        points = [(x + radius * a, y + radius * squash * b, z) for a, b in ring]
-        self.polygon(points, color, label, normal, opacity)
+        u, v = self._place(center)
+        reach = radius * self._meter / center[2]
+        if u + 2 * reach < 0 or u - 2 * reach > self._width:
+            return
+        rise = reach * squash
+        corners: list[float] = []
+        for a, b in ring:
+            corners += (u + reach * a, v - rise * b)
+        self._fill(corners, color, label, normal, center[2], opacity)
+
+    def backdrop(self, picture: Image.Image, label: str) -> None:
+        """Covers everything above the horizon."""
+        rows = int(self._height * (self.camera.horizon + 0.05))
+        size = (self._width, rows)
+        self.image.paste(picture.resize(size, Image.Resampling.BICUBIC), (0, 0))
+        self.label.paste(_CLASS[label], (0, 0, *size))
+
+    def shrink(self) -> tuple[np.ndarray, np.ndarray]:
+        """The final picture, uint8 `[h,w,3]`, and its label, uint8 `[h,w]`."""
+        n = self._pixel
+        label = np.ascontiguousarray(np.asarray(self.label)[n // 2 :: n, n // 2 :: n])
+        return np.asarray(self.image.reduce(n)), label
 
     def outward(self, points: Sequence[Point], inside: Point) -> Point | None:
         """The normal that points away from `inside`; None where the camera sees the back."""
@@ -241,12 +265,32 @@ class Canvas:
         away = (x0 + self.camera.bend * z0 * z0) * nx + (y0 - self.camera.height) * ny + z0 * nz
         return None if away / norm >= 0 else (nx / norm, ny / norm, nz / norm)
 
-    def _place(self, point: Point) -> tuple[float, float]:
-        u, v = self.camera.project(point)
-        return self._width / 2 + u * self._height, v * self._height
+    def _fill(
+        self,
+        corners: list[float],
+        color: Color | None,
+        label: str | None,
+        normal: Point | None,
+        z: float,
+        opacity: float,
+    ) -> None:
+        if color is not None:
+            ink = self.light.on(color, normal, z)
+            if opacity < 1:
+                self._glaze.polygon(corners, (*ink, int(255 * opacity)))
+            else:
+                self._opaque.polygon(corners, ink)
+        if label is not None:
+            self._mark.polygon(corners, _CLASS[label])
 
-    def _meter(self, z: float) -> float:
-        return self.camera.focal * self._height / max(z, 0.6)
+    def _place(self, point: Point) -> tuple[float, float]:
+        """Column and row on the canvas."""
+        x, y, z = point
+        z = max(z, 0.6)
+        camera, scale = self.camera, self._meter / z
+        u = self._middle + x * scale + camera.bend * self._meter * z
+        v = camera.horizon * self._height + (camera.height - y) * scale
+        return u, v + camera.roll * (u - self._width / 2)
 
 
 class Face(NamedTuple):
@@ -298,10 +342,10 @@ class Frame(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """What stands in the street; `draw` takes the canvas and the dice."""
+    """What stands in the street, z meters away."""
 
     z: float
-    draw: Callable[[Canvas, Dice], None]
+    draw: Callable[[Canvas, Dice], Any]
 
 
 # The outline of a vehicle from the rear over the roof to the front, as (s, t); "g" is a pane.
@@ -383,7 +427,7 @@ def _draw_wheels(
             r = radius * share
             points = [
                 frame.at(s + r * a / frame.length, (radius + r * b) / frame.height, side * 1.01)
-                for a, b in _RING
+                for a, b in RING
             ]
             canvas.polygon(points, color, label, (0.0, 0.6, -0.5))
 
@@ -417,12 +461,12 @@ def _draw_lamps(canvas: Canvas, frame: Frame, height: float) -> None:
         canvas.polygon([frame.at(s, t, b) for t, b in grille], _RUBBER, None, TOWARD)
 
 
-def _draw_car(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]) -> None:
+def draw_car(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]) -> None:
     outline, length, height = dice.pick(
         ((_SEDAN, 4.5, 1.45), (_HATCHBACK, 3.9, 1.5), (_WAGON, 4.6, 1.55), (_WAGON, 4.9, 1.95))
     )
     frame = Frame(x, z, ahead, length, 1.8, height * dice.between(0.96, 1.05))
-    paint = dice.vary(dice.pick(_CAR_PAINT), 0.1)
+    paint = dice.vary(dice.pick(CAR_PAINT), 0.1)
     _draw_shadow(canvas, frame)
     _draw_undercarriage(canvas, frame, "car")
     seen = _draw_body(canvas, frame, outline, paint, "car", taper=0.22)
@@ -455,11 +499,11 @@ def _draw_car_side(
     canvas.polygon(sill, (40, 40, 42), None, normal)
 
 
-def _draw_bus(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]) -> None:
+def draw_bus(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]) -> None:
     frame = Frame(x, z, ahead, dice.between(9.5, 12.5), 2.5, dice.between(2.9, 3.3))
     colors = ((196, 44, 40), (222, 186, 60), (236, 236, 232), (52, 92, 150), (70, 130, 90))
     paint = dice.vary(dice.pick(colors), 0.1)
-    stripe = dice.vary(dice.pick(_CAR_PAINT), 0.1)
+    stripe = dice.vary(dice.pick(CAR_PAINT), 0.1)
     _draw_shadow(canvas, frame)
     _draw_undercarriage(canvas, frame, "bus")
     if seen := _draw_body(canvas, frame, _COACH, paint, "bus"):
@@ -469,13 +513,13 @@ def _draw_bus(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float
     _draw_lamps(canvas, frame, 0.24)
 
 
-def _draw_train(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]) -> None:
+def draw_train(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]) -> None:
     """Draws a tram of several cars."""
     count = dice.pick((2, 3, 3))
     length = dice.between(8.5, 11.0)
     colors = ((214, 190, 80), (230, 230, 224), (178, 44, 44), (60, 110, 150), (88, 140, 96))
     paint = dice.vary(dice.pick(colors), 0.1)
-    stripe = dice.vary(dice.pick(_CAR_PAINT), 0.1)
+    stripe = dice.vary(dice.pick(CAR_PAINT), 0.1)
     whole = Frame(x, z, ahead, length * count, 2.4, dice.between(3.3, 3.7))
     _draw_shadow(canvas, whole)
     edges = [i / count for i in range(count)]
@@ -517,11 +561,11 @@ def _draw_route(canvas: Canvas, frame: Frame) -> None:
         canvas.polygon(inner, (250, 180, 60), None, None)
 
 
-def _draw_truck(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]) -> None:
+def draw_truck(canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]) -> None:
     length = dice.between(5.8, 10.0)
     height = dice.between(2.6, 3.6)
     frame = Frame(x, z, ahead, length, 2.35, height)
-    paint = dice.vary(dice.pick(_CAR_PAINT), 0.1)
+    paint = dice.vary(dice.pick(CAR_PAINT), 0.1)
     white = dice.vary((226, 226, 222), 0.08)
     cargo = dice.vary(dice.pick((white, white, (58, 96, 150), (190, 120, 50), (92, 110, 92))), 0.1)
     loaded = dice.chance(0.75)
@@ -562,13 +606,13 @@ def _draw_truck_side(
     canvas.polygon([part.at(s, t, side) for s, t in skirt], (40, 40, 42), "truck", normal)
 
 
-def _draw_bicycle(
+def draw_bicycle(
     canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]
 ) -> Frame:
     frame = Frame(x, z, ahead, 1.75, 0.5, 1.0)
-    paint = dice.vary(dice.pick(_CAR_PAINT), 0.2)
+    paint = dice.vary(dice.pick(CAR_PAINT), 0.2)
     for s in (0.2, 0.8):
-        rim = [frame.at(s + 0.34 * a / 1.75, 0.34 + 0.34 * b) for a, b in _RING]
+        rim = [frame.at(s + 0.34 * a / 1.75, 0.34 + 0.34 * b) for a, b in RING]
         canvas.polygon(rim, None, "bicycle")
         for one, two in zip(rim, (*rim[1:], rim[0]), strict=True):
             canvas.line(one, two, 0.05, _RUBBER, "bicycle")
@@ -583,15 +627,15 @@ def _draw_bicycle(
     return frame
 
 
-def _draw_motorcycle(
+def draw_motorcycle(
     canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float]
 ) -> Frame:
     frame = Frame(x, z, ahead, 2.0, 0.7, 1.05)
-    paint = dice.vary(dice.pick(_CAR_PAINT), 0.15)
+    paint = dice.vary(dice.pick(CAR_PAINT), 0.15)
     _draw_shadow(canvas, frame)
     for s in (0.17, 0.83):
         for share, color in ((1.0, _RUBBER), (0.5, _METAL)):
-            rim = [frame.at(s + 0.31 * share * a / 2, 0.3 + 0.3 * share * b) for a, b in _RING]
+            rim = [frame.at(s + 0.31 * share * a / 2, 0.3 + 0.3 * share * b) for a, b in RING]
             canvas.polygon(rim, color, "motorcycle", TOWARD)
         canvas.line(frame.at(s, 0.0), frame.at(s, 0.6), 0.16, _RUBBER, "motorcycle")
     outline = (
@@ -611,12 +655,12 @@ def _draw_motorcycle(
     return frame
 
 
-def _draw_rider(
+def draw_rider(
     canvas: Canvas, dice: Dice, x: float, z: float, ahead: tuple[float, float], motor: bool
 ) -> None:
     """Draws someone on a bicycle or, with `motor`, on a motorcycle."""
-    frame = (_draw_motorcycle if motor else _draw_bicycle)(canvas, dice, x, z, ahead)
-    jacket, trousers = dice.pick(_CLOTHES), dice.pick(_CLOTHES[:8])
+    frame = (draw_motorcycle if motor else draw_bicycle)(canvas, dice, x, z, ahead)
+    jacket, trousers = dice.pick(CLOTHES), dice.pick(CLOTHES[:8])
     top, skin = dice.between(1.42, 1.55), dice.pick(_SKIN)
     seat, shoulder = frame.at(0.38, 0.86), frame.at(0.55, top)
     for side in (-0.5, 0.5):
@@ -631,17 +675,17 @@ def _draw_rider(
     canvas.disc(head, 0.14, skin, "rider")
     if motor or dice.chance(0.5):
         helmet = (head[0], head[1] + 0.05, head[2])
-        canvas.disc(helmet, 0.17 if motor else 0.15, dice.pick(_CAR_PAINT), "rider")
+        canvas.disc(helmet, 0.17 if motor else 0.15, dice.pick(CAR_PAINT), "rider")
 
 
-def _draw_person(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
+def draw_person(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
     height = dice.between(1.55, 1.9) if dice.chance(0.88) else dice.between(1.0, 1.4)
-    top, trousers = dice.pick(_CLOTHES), dice.pick(_CLOTHES[:8])
+    top, trousers = dice.pick(CLOTHES), dice.pick(CLOTHES[:8])
     skin, hair = dice.pick(_SKIN), dice.pick(((40, 32, 28), (90, 66, 44), (160, 140, 110)))
     stride, lean = dice.between(-0.16, 0.16) * height, dice.between(-0.03, 0.03)
     hem = dice.pick((0.47, 0.47, 0.3)) * height
     build = height * dice.between(0.115, 0.14)
-    shadow = [(x + 0.3 * a, 0.0, z + 0.35 * b) for a, b in _RING]
+    shadow = [(x + 0.3 * a, 0.0, z + 0.35 * b) for a, b in RING]
     canvas.polygon(shadow, (12, 12, 16), None, UP, 0.4)
     for side in (-1, 1):
         hip = (x + side * 0.05 * height, 0.5 * height, z)
@@ -662,54 +706,70 @@ def _draw_person(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
     canvas.disc((x + lean, 0.915 * height, z), 0.055 * height, skin, "person")
 
 
+class Tuft(NamedTuple):
+    """A few leaves, placed within the unit circle."""
+
+    brightness: float
+    a: float
+    b: float
+    radius: float
+    ring: Ring
+
+
 class Plants(NamedTuple):
     """What grows in a scene.
 
     Attributes:
       leaf: color.
-      rings: ragged outlines of clumps of leaves.
+      clumps: leaves to choose from, each in no order.
       bare: whether branches show.
     """
 
     leaf: Color
-    rings: tuple[tuple[tuple[float, float], ...], ...]
+    clumps: tuple[tuple[Tuft, ...], ...]
     bare: bool
 
 
-def _grow(dice: Dice) -> Plants:
+def grow(dice: Dice) -> Plants:
+    """Chooses the season and the species."""
     leaf = dice.pick(_FOLIAGE)
-    rings = tuple(
-        tuple((a * r, b * r) for a, b in _RING for r in (dice.between(0.7, 1.15),))
-        for _ in range(8)
-    )
-    return Plants(dice.vary(leaf, 0.12), rings, bare=leaf is _FOLIAGE[-1])
+    rings = [_ragged(dice) for _ in range(8)]
+    clumps = tuple(tuple(_tuft(dice, rings) for _ in range(22)) for _ in range(4))
+    return Plants(dice.vary(leaf, 0.12), clumps, bare=leaf is _FOLIAGE[-1])
+
+
+def _ragged(dice: Dice) -> Ring:
+    radii = [dice.between(0.7, 1.15) for _ in RING]
+    return tuple((a * r, b * r) for (a, b), r in zip(RING, radii, strict=True))
+
+
+def _tuft(dice: Dice, rings: Sequence[Ring]) -> Tuft:
+    a, b = dice.between(-0.72, 0.72), dice.between(-0.72, 0.72)
+    brightness = 0.8 + 0.32 * b + dice.between(-0.14, 0.14)
+    return Tuft(brightness, a * sqrt(1 - 0.6 * b * b), b, dice.between(0.3, 0.5), dice.pick(rings))
 
 
 def _draw_clump(
     canvas: Canvas, dice: Dice, plants: Plants, center: Point, width: float, height: float
 ) -> None:
-    """Draws leaves within an ellipse, dark below and inside, bright where the light comes from."""
+    """Draws leaves within an ellipse, dark below and inside, bright above."""
     x, y, z = center
-    leaf = dice.vary(plants.leaf, 0.12)
-    sunward = 1 if canvas.light.direction[0] > 0 else -1
-    tufts = []
-    for _ in range(20):
-        a, b = dice.between(-0.72, 0.72), dice.between(-0.72, 0.72)
-        bright = 0.78 + 0.3 * b + 0.16 * a * sunward + dice.between(-0.12, 0.12)
-        tufts.append((bright, a * sqrt(1 - 0.6 * b * b), b, dice.between(0.3, 0.5)))
-    dark: Color = (leaf[0] * 0.55, leaf[1] * 0.55, leaf[2] * 0.55)
-    opacity = 0.55 if plants.bare else 1.0
-    ring, squash = dice.pick(plants.rings), height / width
+    leaf, clump = dice.vary(plants.leaf, 0.12), dice.pick(plants.clumps)
+    count = 22 if z < 14 else 12 if z < 28 else 6 if z < 55 else 3
+    opacity, squash = 0.55 if plants.bare else 1.0, height / width
     core = (x, y - 0.06 * height, z)
-    canvas.disc(core, width * 0.42, dark, "vegetation", UP, opacity, ring, squash)
-    for bright, a, b, r in sorted(tufts):
-        color: Color = (leaf[0] * bright, leaf[1] * bright, leaf[2] * bright)
+    canvas.disc(core, width * 0.42, _shade(leaf, 0.6), "vegetation", UP, opacity, clump[0].ring, squash)
+    for brightness, a, b, radius, ring in sorted(clump[:count]):
         tuft = (x + a * width / 2, y + b * height / 2, z)
-        radius, ring = r * width / 2, dice.pick(plants.rings)
-        canvas.disc(tuft, radius, color, "vegetation", UP, opacity, ring, squash)
+        color = _shade(leaf, brightness)
+        canvas.disc(tuft, radius * width / 2, color, "vegetation", UP, opacity, ring, squash)
 
 
-def _draw_tree(
+def _shade(color: Color, gain: float) -> Color:
+    return color[0] * gain, color[1] * gain, color[2] * gain
+
+
+def draw_tree(
     canvas: Canvas, dice: Dice, plants: Plants, x: float, z: float, height: float
 ) -> None:
     bark = dice.vary((92, 76, 62), 0.2)
@@ -718,18 +778,18 @@ def _draw_tree(
     for s in (0.0, 0.45) if plants.bare else (0.0,):
         top = (x + s, 0.6 * height, z)
         canvas.line((x, 0, z), top, 0.035 * height, bark, "vegetation")
-    shadow = [(x + width * 0.45 * a, 0.0, z + width * 0.3 * b) for a, b in _RING]
+    shadow = [(x + width * 0.45 * a, 0.0, z + width * 0.3 * b) for a, b in RING]
     canvas.polygon(shadow, (12, 14, 16), None, UP, 0.25)
     _draw_clump(canvas, dice, plants, (x, height - crown / 2, z), width, crown)
 
 
-def _draw_bush(canvas: Canvas, dice: Dice, plants: Plants, x: float, z: float) -> None:
+def draw_bush(canvas: Canvas, dice: Dice, plants: Plants, x: float, z: float) -> None:
     height = dice.between(0.8, 2.2)
     width = height * dice.between(1.1, 2.0)
     _draw_clump(canvas, dice, plants, (x, height * 0.42, z), width, height)
 
 
-def _draw_hedge(canvas: Canvas, dice: Dice, plants: Plants, face: Face) -> None:
+def draw_hedge(canvas: Canvas, dice: Dice, plants: Plants, face: Face) -> None:
     leaf = dice.vary(plants.leaf, 0.12)
     steps = max(3, int(face.length / 0.7))
     ends = [i * face.length / steps for i in range(steps + 1)]
@@ -737,11 +797,11 @@ def _draw_hedge(canvas: Canvas, dice: Dice, plants: Plants, face: Face) -> None:
     canvas.polygon((face.at(0, 0), *tops, face.at(ends[-1], 0)), leaf, "vegetation", face.normal)
     dark: Color = (leaf[0] * 0.6, leaf[1] * 0.6, leaf[2] * 0.6)
     for a in ends:
-        y, ring = dice.between(0.2, 0.7) * face.height, dice.pick(plants.rings)
+        y, ring = dice.between(0.2, 0.7) * face.height, dice.pick(plants.clumps)[0].ring
         canvas.disc(face.at(a, y), 0.35, dark, None, face.normal, 0.5, ring)
 
 
-def _draw_lamp(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
+def draw_lamp(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
     height, color = dice.between(4.5, 8.5), dice.vary(_METAL, 0.35)
     reach = -1.6 if x > 0 else 1.6
     canvas.line((x, 0, z), (x, height, z), 0.16, color, "pole")
@@ -753,7 +813,7 @@ def _draw_lamp(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
         canvas.disc(bulb, 1.0, (255, 214, 150), None, None, 0.25)
 
 
-def _draw_traffic_light(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
+def draw_traffic_light(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
     color = dice.vary(_METAL, 0.3)
     signal = dice.pick((0, 1, 2, 2))
     canvas.line((x, 0, z), (x, 3.6, z), 0.14, color, "pole")
@@ -773,7 +833,7 @@ def _draw_traffic_light(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
             canvas.disc(center, 0.13, lens if i == signal else dim, None, None)
 
 
-def _draw_sign(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
+def draw_sign(canvas: Canvas, dice: Dice, x: float, z: float) -> None:
     canvas.line((x, 0, z), (x, 2.7, z), 0.08, dice.vary(_METAL, 0.2), "pole")
     kind = dice.pick(("round", "triangle", "board", "square", "square"))
     red: Color = (196, 36, 36)
@@ -820,7 +880,7 @@ class Facade(NamedTuple):
     shops: float
 
 
-def _draw_building(
+def draw_building(
     canvas: Canvas, dice: Dice, style: Facade, x: float, z0: float, z1: float, setback: float
 ) -> None:
     """Draws a house at the side of the street, whose front stands `setback` meters behind x."""
@@ -838,13 +898,16 @@ def _draw_building(
     if dice.chance(0.6):
         _draw_windows(canvas, dice, style, flank, floors, first=0)
     canvas.polygon(front.whole(), color, "building", front.normal)
+    trim = dice.vary(dice.pick(((230, 226, 216), color, (96, 90, 86))), 0.1)
+    bands = [(height - 0.35, height), (0.0, 0.6)]
+    if dice.chance(0.3) and z0 < 40:
+        bands += [(i * style.storey - 0.1, i * style.storey + 0.1) for i in range(1, floors)]
+    for y0, y1 in bands:
+        band = front.patch(0, front.length, y0, y1)
+        canvas.polygon(band, trim if y0 else _shade(color, 0.75), "building", front.normal)
     if shop:
         _draw_shop(canvas, dice, style, front)
     _draw_windows(canvas, dice, style, front, floors, first=1 if shop else 0)
-    trim = dice.vary(dice.pick(((230, 226, 216), color, (96, 90, 86))), 0.1)
-    canvas.polygon(
-        front.patch(0, front.length, height - 0.35, height), trim, "building", front.normal
-    )
 
 
 def _draw_roof(canvas: Canvas, color: Color, front: Face, outward: float) -> None:
@@ -857,7 +920,7 @@ def _draw_roof(canvas: Canvas, color: Color, front: Face, outward: float) -> Non
 
 
 def _draw_shop(canvas: Canvas, dice: Dice, style: Facade, front: Face) -> None:
-    board, inside = dice.vary(dice.pick(_CLOTHES), 0.2), dice.vary((70, 74, 78), 0.3)
+    board, inside = dice.vary(dice.pick(CLOTHES), 0.2), dice.vary((70, 74, 78), 0.3)
     lit = canvas.light.lamps and dice.chance(0.6)
     length, top = front.length, style.storey
     pane = front.patch(0.5, length - 0.5, 0.5, top - 0.7)
@@ -869,7 +932,7 @@ def _draw_shop(canvas: Canvas, dice: Dice, style: Facade, front: Face) -> None:
         reach = 1.2 if front.x0 < 0 else -1.2
         (x, z0), z1 = (front.x0, front.z0), front.z1
         awning = ((x, top, z0), (x, top, z1), (x + reach, top - 0.7, z1), (x + reach, top - 0.7, z0))
-        canvas.polygon(awning, dice.pick(_CLOTHES), "building", UP)
+        canvas.polygon(awning, dice.pick(CLOTHES), "building", UP)
 
 
 def _draw_windows(
@@ -894,12 +957,16 @@ def _draw_windows(
                 canvas.polygon(border, frame, None, face.normal)
             window = face.patch(left, left + width, low, low + height)
             canvas.polygon(window, pane, None, None if lit else face.normal)
+            if face.z0 < 25 and width > 0.8:
+                middle = left + width / 2
+                mullion = face.patch(middle - 0.05, middle + 0.05, low, low + height)
+                canvas.polygon(mullion, frame, None, face.normal)
             if balconies:
                 rail = face.patch(left - 0.3, left + width + 0.3, low - 0.3, low + 0.6)
                 canvas.polygon(rail, frame, None, face.normal)
 
 
-def _draw_wall(canvas: Canvas, dice: Dice, color: Color, face: Face) -> None:
+def draw_wall(canvas: Canvas, dice: Dice, color: Color, face: Face) -> None:
     canvas.polygon(face.whole(), color, "wall", face.normal)
     dark: Color = (color[0] * 0.8, color[1] * 0.8, color[2] * 0.8)
     bricks = dice.chance(0.5)
@@ -915,12 +982,12 @@ def _draw_wall(canvas: Canvas, dice: Dice, color: Color, face: Face) -> None:
     coping = face.patch(0, face.length, face.height - 0.15, face.height + 0.1)
     canvas.polygon(coping, bright, "wall", UP)
     if dice.chance(0.3):
-        a, paint = dice.between(0, face.length * 0.6), dice.pick(_CLOTHES)
+        a, paint = dice.between(0, face.length * 0.6), dice.pick(CLOTHES)
         daub = face.patch(a, a + 2.2, face.height * 0.25, face.height * 0.65)
         canvas.polygon(daub, paint, None, face.normal, 0.6)
 
 
-def _draw_fence(canvas: Canvas, dice: Dice, color: Color, kind: str, face: Face) -> None:
+def draw_fence(canvas: Canvas, dice: Dice, color: Color, kind: str, face: Face) -> None:
     """Draws a fence, which is labeled whole although one sees through it."""
     canvas.polygon(face.whole(), None, "fence")
     if kind == "boards":
@@ -937,3 +1004,37 @@ def _draw_fence(canvas: Canvas, dice: Dice, color: Color, kind: str, face: Face)
     for y in (0.25, 0.6, 0.92) if kind == "rail" else (0.2, 0.92):
         rail = face.patch(0, face.length, y * face.height, y * face.height + 0.09)
         canvas.polygon(rail, color, None, face.normal)
+
+
+def draw_block(
+    canvas: Canvas, dice: Dice, style: Facade, x0: float, x1: float, z: float
+) -> None:
+    """Draws a building that stands across the end of the street."""
+    floors = int(dice.between(style.floors[0], style.floors[1] + 1))
+    face = Face(x0, z, x1, z, floors * style.storey + dice.between(0.6, 1.2), TOWARD)
+    canvas.polygon(face.whole(), dice.vary(dice.pick(style.colors), 0.12), "building", TOWARD)
+    _draw_windows(canvas, dice, style, face, floors, first=0)
+
+
+def draw_strip(
+    canvas: Canvas, x0: float, x1: float, z0: float, z1: float, color: Color,
+    label: str | None, opacity: float = 1.0,
+) -> None:
+    """Draws a strip of ground that follows the street."""
+    stops = [z0, *(z for z in _SLICES if z0 < z < z1), z1]
+    for near, far in reversed(list(zip(stops[:-1], stops[1:], strict=True))):
+        points = ((x0, 0.0, near), (x1, 0.0, near), (x1, 0.0, far), (x0, 0.0, far))
+        canvas.polygon(points, color, label, UP, opacity)
+
+
+def draw_hood(canvas: Canvas, dice: Dice) -> None:
+    """Draws the car that carries the camera, which has no class."""
+    camera = canvas.camera
+    depth, z = dice.between(0.02, 0.09), NEAR
+    top = camera.height - (1 - depth - camera.horizon) * z / camera.focal
+    x = -camera.yaw * z / camera.focal
+    paint = dice.vary(dice.pick(CAR_PAINT[1:5]), 0.3)
+    unit = z / camera.focal
+    for drop, color in ((0.0, paint), (0.012, dice.vary(paint, 0.15))):
+        center = (x, top - (0.25 + drop) * unit, z)
+        canvas.disc(center, 1.05 * unit, color, "ignore", UP, squash=0.25 / 1.05)

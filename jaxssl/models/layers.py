@@ -21,6 +21,7 @@ Form: TypeAlias = Literal["plain", "shifted", "matmul"]
 NormDef: TypeAlias = Callable[..., nn.Module]
 """Makes a normalization layer: `BatchNorm` with its mode bound."""
 
+
 def convolution(
     x: jax.Array,
     kernel: jax.Array,
@@ -59,19 +60,21 @@ def convolution(
 
 
 def fastest_form(shape: tuple[int, ...], *, dilation: int, groups: int) -> Form:
-    """The form that is fastest for a kernel of `shape` `[kh,kw,I/groups,O]` on this backend."""
+    """The form that is fastest on this backend for a kernel of `shape` `[kh,kw,I/groups,O]`.
+
+    XLA's CPU convolutions are slow where they are depthwise, 1x1, or wide and far dilated: there
+    the other forms take between a tenth and two thirds of the time, with the gradient.
+    """
     height, width, inputs, outputs = shape
     if jax.default_backend() != "cpu":
         return "plain"
-    if groups > 1 and inputs == 1 and groups == outputs:
-        return "shifted"
-    wide = groups == 1 and min(inputs, outputs) >= 256
-    return "matmul" if wide and (dilation > 1 or height * width == 1) else "plain"
+    if groups > 1:
+        return "shifted" if inputs == 1 and groups == outputs else "plain"
+    wide_and_dilated = dilation >= 4 and min(inputs, outputs) >= 256
+    return "matmul" if wide_and_dilated or height * width == 1 else "plain"
 
 
-def _plain(
-    x: jax.Array, kernel: jax.Array, stride: int, dilation: int, groups: int
-) -> jax.Array:
+def _plain(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, groups: int) -> jax.Array:
     padding = [(dilation * (size // 2),) * 2 for size in kernel.shape[:2]]
     return jax.lax.conv_general_dilated(
         x,

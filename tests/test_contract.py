@@ -1,0 +1,1115 @@
+"""Five methods written against the contract: documentation that runs.
+
+Each class is a method as the engine sees it. Its phases are complete, and its loss forwards the
+networks that the paper forwards, on the streams and in the BatchNorm mode it does. Where an
+equation is not the point, the library's cross entropy stands for it. MKD is the library's own.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxssl import contracts, losses, mixing, optim, sharding, views
+from jaxssl.contracts import IGNORE_LABEL, Aux, Outputs, Phase, Plan, Stream, Variables, Weights
+from jaxssl.methods import mkd, supervised
+from jaxssl.state import TEACHER, create
+from jaxssl.step import Clock, make_train_step
+from jaxssl.sweep import fold
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A network of two 1x1 convolutions without linen; `stride` and `width` vary its shapes."""
+
+    width: int = 4
+    num_classes: int = 3
+    stride: int = 2
+    task: str = "segmentation"
+
+    def init(self, key, size):
+        shapes = {"stem": (3, self.width), "kernel": (self.width, self.num_classes)}
+        drawn = {
+            n: jax.random.normal(jax.random.fold_in(key, len(n)), s) for n, s in shapes.items()
+        }
+        head = {"kernel": drawn["kernel"], "bias": jnp.zeros(self.num_classes)}
+        params = {"backbone": {"kernel": drawn["stem"]}, "head": head}
+        return Variables(params, {"mean": jnp.zeros(self.width)})
+
+    def apply(self, params, stats, image, *, valid=None, batch_stats, key=None):
+        x = image.astype(jnp.float32) / 255
+        if valid is not None:
+            x = jnp.where(valid[..., None], x, 0.5)
+        x = x[:, :: self.stride, :: self.stride] @ params["backbone"]["kernel"]
+        mean = x.mean((0, 1, 2)) if batch_stats else stats["mean"]
+        if batch_stats:
+            stats = {"mean": 0.9 * stats["mean"] + 0.1 * mean}
+        features = jax.nn.relu(x - mean[None, None, None])
+        if key is not None:
+            features *= 2.0 * jax.random.bernoulli(key, 0.5, features.shape)
+        if self.task == "classification":
+            features = features.mean((1, 2))
+        logits = features @ params["head"]["kernel"]
+        logits += jnp.broadcast_to(params["head"]["bias"], logits.shape)
+        return Outputs(logits, features, embedding=features), stats
+
+    def classifier(self, params):
+        return params["head"]["kernel"], params["head"]["bias"]
+
+    def resize(self, logits, size):
+        shape = (logits.shape[0], *size, logits.shape[-1])
+        return jax.image.resize(logits, shape, "bilinear")
+
+
+def streams(plan, *, labels=None):
+    """Labeled and unlabeled images in the plan's batch."""
+    return (
+        Stream("labeled", plan.batch["labeled"]),
+        Stream("unlabeled", plan.batch["unlabeled"], labels=labels),
+    )
+
+
+def joined(batch, *names):
+    """Labeled, then unlabeled arrays, for a network that sees both in one forward pass."""
+    return tuple(jnp.concatenate([batch["labeled"][n], batch["unlabeled"][n]]) for n in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class U2PL(contracts.Method):
+    """Demands an optimizer and a schedule that outlive a phase, two forward passes of one teacher,
+    a memory bank beside the parameters, a percentile over the global batch.
+    """
+
+    unreliable: float = 20.0
+    capacity: int = 8
+
+    @property
+    def students(self):
+        return ("a",)
+
+    @property
+    def teachers(self):
+        return ("a",)
+
+    @property
+    def headline(self):
+        return "teacher_a"
+
+    @property
+    def labeler(self):
+        return "teacher_a"
+
+    def phases(self, plan):
+        main = plan.main_steps("unlabeled")
+        total = plan.warmup + main
+        warmup = supervised.warmup_phase(plan, self.students)
+        return (
+            *(dataclasses.replace(phase, schedule=(0, total)) for phase in warmup),
+            Phase(
+                "main",
+                main,
+                self.students,
+                streams(plan),
+                optimizer="continue",
+                schedule=(plan.warmup, total),
+            ),
+        )
+
+    def init_extra(self, nets, params):
+        D, C = nets["a"].classifier(params["a"])[0].shape
+        start = jnp.zeros(C, jnp.int32)
+        return {"bank": jnp.zeros((C, self.capacity, D)), "position": start, "fill": start.copy()}
+
+    def ema_decay(self, phase, k):
+        return 0.0 if phase.name == supervised.WARMUP else jnp.minimum(1 - 1 / (k + 1), 0.99)
+
+    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
+        labeled, weak = batch["labeled"], batch.get("unlabeled")
+        if phase.name == supervised.WARMUP:
+            return supervised.warmup_loss(self, nets, params, state, labeled, key)
+        net, teacher, own = nets["a"], state.network("teacher_a"), self.teacher_stats == "own"
+        n, size = labeled["image"].shape[0], weak["image"].shape[1:3]
+        mask_key, dropout_key, bank_key = jax.random.split(key, 3)
+
+        outputs, _ = net.apply(*teacher, weak["image"], valid=weak["valid"], batch_stats=False)
+        pseudo = net.resize(outputs.logits, size).argmax(-1).astype(jnp.uint8)
+        mask = mixing.box_mask(mask_key, pseudo.shape[0], size, boxes=1, area=(0.5, 0.5))
+        mixed = {name: mixing.mix(mask, weak[name]) for name in ("image", "valid")}
+        mixed["label"] = jnp.where(mixed["valid"], mixing.mix(mask, pseudo), IGNORE_LABEL)
+        image, valid, labels = joined({**batch, "unlabeled": mixed}, "image", "valid", "label")
+
+        seen, teacher_stats = net.apply(*teacher, image, valid=valid, batch_stats=own)
+        p = jax.nn.softmax(net.resize(seen.logits, size)[n:])
+        entropy = jnp.where(mixed["valid"], -(p * jnp.log(p)).sum(-1), jnp.nan)
+        alpha = self.unreliable * (1 - progress)
+        reliable = entropy < jnp.nanpercentile(entropy, 100 - alpha)
+        labels = labels.at[n:].set(jnp.where(reliable, labels[n:], IGNORE_LABEL))
+
+        variables = params["a"], state.stats["a"]
+        outputs, stats = net.apply(
+            *variables, image, valid=valid, batch_stats=True, key=dropout_key
+        )
+        logits = net.resize(outputs.logits, size)
+        loss_s = losses.cross_entropy(logits[:n], labels[:n])
+        share = jnp.sum(labels[n:] != IGNORE_LABEL) / entropy.size
+        loss_u = losses.cross_entropy(logits[n:], labels[n:]) / jnp.maximum(share, 1e-6)
+        classes = mixing.resize_nearest(labels, seen.embedding.shape[1:3])
+        extra = push(state.extra, bank_key, seen.embedding, classes)
+        similarity = outputs.embedding @ extra["bank"].mean(1).T
+        loss_c = losses.cross_entropy(similarity, classes)
+        metrics = {"kept": (share, jnp.ones(()))}
+        loss = loss_s + loss_u + 0.1 * loss_c
+        return loss, Aux({"a": stats}, {"a": teacher_stats}, extra, metrics)
+
+
+def push(extra, key, features, classes, *, most=2):
+    """Puts up to `most` features `[...,D]` that are not of a class into its ring of the bank."""
+    C, capacity, D = extra["bank"].shape
+    other = 1 - jax.nn.one_hot(classes.reshape(-1), C).T
+    score, index = jax.lax.top_k(other * jax.random.uniform(key, other.shape), most)
+    slots = (extra["position"][:, None] + jnp.arange(most)[None]) % capacity
+    slots = jnp.where(score > 0, slots, capacity)  # out of range: not written
+    bank = (
+        extra["bank"]
+        .at[jnp.arange(C)[:, None], slots]
+        .set(features.reshape(-1, D)[index], mode="drop")
+    )
+    count = jnp.sum(score > 0, 1, dtype=jnp.int32)
+    position = (extra["position"] + count) % capacity
+    return {
+        "bank": bank,
+        "position": position,
+        "fill": jnp.minimum(extra["fill"] + count, capacity),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class RML(contracts.Method):
+    """Demands two architectures, networks frozen where a phase begins, arrays that a pass over all
+    images fills before the phase and every step then moves, and noise of each student's own.
+    """
+
+    momentum: float = 0.9999
+
+    @property
+    def students(self):
+        return ("a", "b")
+
+    @property
+    def teachers(self):
+        return ("a", "b")
+
+    @property
+    def headline(self):
+        return "teacher_a"
+
+    @property
+    def labeler(self):
+        return "teacher_b"
+
+    def phases(self, plan):
+        steps = plan.main_steps("unlabeled")
+        plan = dataclasses.replace(plan, warmup=plan.warmup or steps // 5)
+        phases = list(supervised.warmup_phase(plan, self.students))
+        for name in ("stage_1", "stage_2"):
+            start = {a: Weights(phases[-1].name, TEACHER + a) for a in self.students}
+            first = Prototypes("labeled_prototypes", "labeled", start)
+            second = Prototypes("prototypes", "unlabeled", start, after=first.name)
+            stage = Phase(
+                name, steps, self.students, streams(plan), frozen=start, sweeps=(first, second)
+            )
+            phases.append(stage)
+        return tuple(phases)
+
+    def init_extra(self, nets, params):
+        kernels = {name: nets[name].classifier(params[name])[0] for name in self.students}
+        return {"prototypes": {name: jnp.zeros_like(kernel.T) for name, kernel in kernels.items()}}
+
+    def ema_decay(self, phase, k):
+        if phase.name == supervised.WARMUP:
+            return 0.0
+        # The teachers of stage 2 are those of stage 1, which have long left their start behind.
+        return jnp.minimum(1 - 1 / (k + 1), 0.999) if phase.name == "stage_1" else 0.999
+
+    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
+        run = supervised.forward(nets, params, state.stats, batch["labeled"], key)
+        labels = batch["labeled"]["label"]
+        loss = sum(
+            supervised.loss_at_full_size(nets[name], run.outputs[name], labels, auxiliary_weight=0)
+            for name in self.students
+        )
+        if phase.name == supervised.WARMUP:
+            return loss, Aux(run.stats, state.teacher_stats, state.extra, {})
+        weak, (mask_key, *keys) = batch["unlabeled"], jax.random.split(key, 5)
+        size = weak["image"].shape[1:3]
+        mask = mixing.box_mask(mask_key, weak["image"].shape[0], size, boxes=1, area=(0.5, 0.5))
+        valid = mixing.mix(mask, weak["valid"])
+
+        prototypes, targets, stats = {}, {}, dict(run.stats)
+        for name, net in nets.items():
+            see = functools.partial(net.apply, image=weak["image"], batch_stats=False)
+            outputs, _ = see(*state.network(TEACHER + name), valid=weak["valid"])
+            first, _ = see(*frozen[name], valid=weak["valid"])
+            prototypes[name] = self._moved(state.extra["prototypes"][name], outputs, weak["valid"])
+            p = nearness(outputs.features, prototypes[name]) * jax.nn.softmax(first.logits)
+            target = mixing.mix(mask, net.resize(p, size).argmax(-1))
+            targets[name] = jnp.where(valid, target, IGNORE_LABEL)
+        for i, (name, net) in enumerate(nets.items()):
+            image = views.photometric_distortion(keys[i], weak["image"])
+            outputs, stats[name] = net.apply(
+                params[name],
+                stats[name],
+                mixing.mix(mask, image),
+                valid=valid,
+                batch_stats=True,
+                key=keys[2 + i],
+            )
+            logits = net.resize(outputs.logits, size)
+            loss += sum(losses.cross_entropy(logits, target) for target in targets.values())
+        extra = {"prototypes": prototypes}
+        return loss, Aux(stats, state.teacher_stats, extra, {})
+
+    def _moved(self, prototypes, outputs, valid):
+        seen = mixing.resize_nearest(valid, outputs.logits.shape[1:3])
+        labels = jnp.where(seen, outputs.logits.argmax(-1), IGNORE_LABEL)
+        # One image as high as the whole batch: the mean is over its pixels.
+        batch = [x.reshape(1, -1, *x.shape[2:]) for x in (outputs.features, labels)]
+        means, present = class_means(*batch, prototypes.shape[0])
+        moved = self.momentum * prototypes + (1 - self.momentum) * means[0]
+        return jnp.where(present[0][:, None], moved, prototypes)
+
+
+def class_means(features, labels, num_classes):
+    """Mean feature per image and class `[B,C,D]`, and which classes an image has `[B,C]`."""
+    member = jax.nn.one_hot(labels, num_classes)
+    count = member.sum((1, 2))
+    total = jnp.einsum("bhwc,bhwd->bcd", member, features)
+    return total / jnp.maximum(count, 1)[..., None], count > 0
+
+
+def nearness(features, prototypes):
+    """Softmax of the negative distances of features `[B,h,w,D]` to prototypes `[C,D]`."""
+    difference = features[..., None, :] - prototypes[None, None, None]
+    return jax.nn.softmax(-jnp.sqrt((difference**2).sum(-1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prototypes:
+    """A sweep for each image set: the second goes on with the sums of the first."""
+
+    name: str
+    source: str
+    networks: Mapping[str, Weights]
+    after: str = ""
+
+    def init(self, results):
+        return results.get(self.after)
+
+    def update(self, nets, networks, carry, batch):
+        sums = {}
+        for name, variables in networks.items():
+            outputs, _ = nets[name].apply(*variables, batch["image"], batch_stats=False)
+            real = batch["index"][:, None, None] >= 0
+            labels = jnp.where(real, outputs.logits.argmax(-1), IGNORE_LABEL)
+            means, present = class_means(outputs.features, labels, outputs.logits.shape[-1])
+            sums[name] = means.sum(0), present.sum(0)[:, None]
+        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), {}
+
+    def finish(self, carry, extra):
+        means = {name: total / jnp.maximum(count, 1) for name, (total, count) in carry.items()}
+        return {**extra, "prototypes": means}
+
+
+@dataclasses.dataclass(frozen=True)
+class DMT(contracts.Method):
+    """Demands networks that train in turn, start from the best of a phase long past and learn from
+    files that the other one's labeled; two sweeps, one for thresholds; parts of the labeled images.
+    """
+
+    ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    part: float = 1.0
+    gamma: float = 3.0
+    supervised_epochs: float = 60.0
+    supervised_rate: float = 4e-3
+
+    @property
+    def students(self):
+        return ("a", "b")
+
+    def phases(self, plan):
+        whole, images = sum(plan.batch.values()), plan.sizes["labeled"]
+        epochs = self.supervised_epochs * math.sqrt(1 + plan.sizes["unlabeled"] / images)
+        steps = round(epochs * self.part * images / whole)
+        phases, newest = [], {}
+        for name, part in {"a": (0.0, self.part), "b": (1 - self.part, 1.0)}.items():
+            labeled = (Stream("labeled", whole, part=part),)
+            phase = Phase(
+                f"supervised_{name}",
+                steps,
+                (name,),
+                labeled,
+                learning_rate=self.supervised_rate,
+                headline=name,
+            )
+            phases.append(phase)
+            newest[name] = Weights(phase.name, name, "best")
+        for number, ratio in enumerate(self.ratios, 1):
+            before, steps = dict(newest), plan.main_steps("unlabeled")
+            for name, other in (("b", "a"), ("a", "b")):
+                labeler = {other: before[other]}
+                phase = Phase(
+                    f"round_{number}_{name}",
+                    steps,
+                    (name,),
+                    streams(plan, labels="label"),
+                    start={name: before[name]},
+                    sweeps=(Count(plan.num_classes, labeler), Keep(ratio, labeler)),
+                    headline=name,
+                )
+                phases.append(phase)
+                newest[name] = Weights(phase.name, name, "best")
+        return tuple(phases)
+
+    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
+        (name,) = phase.train
+        net, labeled = nets[name], batch["labeled"]
+        if "unlabeled" not in batch:
+            loss, aux = supervised.warmup_loss(self, {name: net}, params, state, labeled, key)
+            return loss, aux._replace(stats={**state.stats, **aux.stats})
+        image, valid, labels = joined(batch, "image", "valid", "label")
+        outputs, stats = net.apply(
+            params[name], state.stats[name], image, valid=valid, batch_stats=True, key=key
+        )
+        logits = net.resize(outputs.logits, labels.shape[1:])
+        weights = weigh(logits, batch, self.gamma)
+        loss = losses.cross_entropy(logits, labels, weights=weights)
+        metrics = {"weight": (weights.mean(), jnp.ones(()))}
+        return loss, Aux({**state.stats, name: stats}, {}, state.extra, metrics)
+
+
+def weigh(logits, batch, gamma):
+    """1 on labeled, DMT's dynamic weights on unlabeled positions (its equations 5 to 7)."""
+    pseudo = batch["unlabeled"]
+    n, C = batch["labeled"]["image"].shape[0], logits.shape[-1]
+    p = jax.lax.stop_gradient(jax.nn.softmax(logits[n:]))
+    labels = pseudo["label"]
+    at_label = jnp.take_along_axis(p, jnp.minimum(labels, C - 1)[..., None], -1)[..., 0]
+    believed = (p.argmax(-1) == labels) | (pseudo["confidence"] >= p.max(-1))
+    dynamic = jnp.where(believed, at_label**gamma, 0.0)
+    return jnp.concatenate([jnp.ones((n, *dynamic.shape[1:])), dynamic])
+
+
+@dataclasses.dataclass(frozen=True)
+class DMTImages(contracts.Method):
+    """Demands labels per image, a student that begins anew in each phase while its teacher is what
+    is evaluated and labels, sets that grow from round to round, and mixup of images and weights.
+    """
+
+    ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    supervised_epochs: float = 300.0
+
+    @property
+    def students(self):
+        return ("a",)
+
+    @property
+    def teachers(self):
+        return ("a",)
+
+    @property
+    def headline(self):
+        return "teacher_a"
+
+    @property
+    def labeler(self):
+        return "teacher_a"
+
+    def phases(self, plan):
+        whole, images = sum(plan.batch.values()), plan.sizes["labeled"]
+        epochs = self.supervised_epochs * math.sqrt(1 + plan.sizes["unlabeled"] / images)
+        steps = round(epochs * images / whole)
+        phases = [Phase("supervised", steps, self.students, (Stream("labeled", whole),))]
+        for number, ratio in enumerate(self.ratios, 1):
+            labeler = {"a": Weights(phases[-1].name, "teacher_a")}
+            phase = Phase(
+                f"round_{number}",
+                round(ratio * plan.main_steps("unlabeled")),
+                self.students,
+                streams(plan, labels="label"),
+                reinitialize=self.students,
+                sweeps=(Count(plan.num_classes, labeler), Keep(ratio, labeler, per_class=False)),
+            )
+            phases.append(phase)
+        return tuple(phases)
+
+    def ema_decay(self, phase, k):
+        # Zero at first, so that nothing remains of the teacher of the round before.
+        return jnp.minimum(1 - 1 / (k + 1), 0.999)
+
+    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
+        if "unlabeled" not in batch:
+            return supervised.warmup_loss(self, nets, params, state, batch["labeled"], key)
+        share_key, order_key, dropout_key = jax.random.split(key, 3)
+        image, labels = joined(batch, "image", "label")
+        share = jax.random.beta(share_key, 0.75, 0.75)
+        share = jnp.maximum(share, 1 - share)
+        order = jax.random.permutation(order_key, labels.shape[0])
+
+        def mixup(x):
+            return share * x + (1 - share) * x[order]
+
+        see = functools.partial(nets["a"].apply, params["a"], batch_stats=True)
+        plain, stats = see(state.stats["a"], image)
+        gamma = 4 * jnp.exp(-5 * (1 - progress) ** 2)
+        weights = mixup(weigh(plain.logits, batch, gamma))
+        outputs, stats = see(stats, mixup(image.astype(jnp.float32)), key=dropout_key)
+        first = losses.cross_entropy(outputs.logits, labels, weights=weights)
+        second = losses.cross_entropy(outputs.logits, labels[order], weights=weights)
+        loss = share * first + (1 - share) * second
+        return loss, Aux({"a": stats}, state.teacher_stats, state.extra, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class DARS(contracts.Method):
+    """Demands rounds that go on with the network as it is, a schedule that restarts or stretches,
+    three sweeps (one over ground truth), random labels by sliding windows, and wider scales.
+    """
+
+    ratios: tuple[float, ...] = (0.2, 0.5)
+    scales: tuple[tuple[float, float], ...] = ((0.25, 1.0), (0.2, 1.5))
+    schedule: str = "restart"
+
+    @property
+    def students(self):
+        return ("a",)
+
+    def phases(self, plan):
+        steps, whole = plan.main_steps("unlabeled"), sum(plan.batch.values())
+        # As many images as an unlabeled epoch has, with a batch of labeled images alone.
+        supervised_steps = round(steps * plan.batch["unlabeled"] / whole)
+        labeled = (Stream("labeled", whole),)
+        phases = [Phase("supervised", supervised_steps, self.students, labeled)]
+        for number, (ratio, scale) in enumerate(zip(self.ratios, self.scales, strict=True), 1):
+            labeler, seed = {"a": Weights(phases[-1].name, "a")}, plan.seed + number
+            sweeps = (
+                Prior(plan.num_classes),
+                Count(plan.num_classes, labeler, plan.crop),
+                Align(ratio, labeler, plan.crop, seed),
+            )
+            wider = [
+                dataclasses.replace(stream, augment={"scale": scale})
+                for stream in streams(plan, labels="label")
+            ]
+            stretched = self.schedule == "stretched"
+            phase = Phase(
+                f"round_{number}",
+                steps,
+                self.students,
+                tuple(wider),
+                optimizer="continue" if stretched else "fresh",
+                schedule=(number * steps, (number + 1) * steps) if stretched else None,
+                sweeps=sweeps,
+            )
+            phases.append(phase)
+        return tuple(phases)
+
+    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
+        loss, stats = jnp.zeros(()), state.stats
+        for i, stream in enumerate(batch.values()):
+            run = supervised.forward(nets, params, stats, stream, jax.random.fold_in(key, i))
+            loss += supervised.loss_at_full_size(
+                nets["a"], run.outputs["a"], stream["label"], auxiliary_weight=0.4
+            )
+            stats = run.stats
+        return loss, Aux(stats, state.teacher_stats, state.extra, {})
+
+
+BINS = 1001
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """A sweep over ground truth: pixels per class, int32 `[C]`."""
+
+    num_classes: int
+    networks: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
+    name: str = "prior"
+    source: str = "labeled"
+
+    def init(self, results):
+        return jnp.zeros(self.num_classes, jnp.int32)
+
+    def update(self, nets, networks, carry, batch):
+        # 255 is out of range, and so is not counted.
+        return carry.at[batch["label"].astype(jnp.int32)].add(1, mode="drop"), {}
+
+    def finish(self, carry, extra):
+        return extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """A sweep that counts positions by predicted class and confidence, int32 `[C,BINS]`."""
+
+    num_classes: int
+    networks: Mapping[str, Weights]
+    window: tuple[int, int] | None = None
+    name: str = "count"
+    source: str = "unlabeled"
+
+    def init(self, results):
+        return jnp.zeros((self.num_classes, BINS), jnp.int32)
+
+    def update(self, nets, networks, carry, batch):
+        label, confidence = predict(nets, networks, batch, self.window)
+        real = batch["index"].reshape(-1, *[1] * (label.ndim - 1)) >= 0
+        return carry.at[label, to_bin(confidence)].add(real.astype(jnp.int32)), {}
+
+    def finish(self, carry, extra):
+        return extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """A sweep that labels the most confident positions, of each class or of all."""
+
+    ratio: float
+    networks: Mapping[str, Weights]
+    per_class: bool = True
+    name: str = "label"
+    source: str = "unlabeled"
+
+    def init(self, results):
+        counts = results["count"]
+        if not self.per_class:
+            counts = jnp.broadcast_to(counts.sum(0, keepdims=True), counts.shape)
+        return threshold(counts, self.ratio * counts.sum(1))[0]
+
+    def update(self, nets, networks, carry, batch):
+        label, confidence = predict(nets, networks, batch)
+        kept = to_bin(confidence) >= carry[label]
+        return carry, {"label": as_label(label, kept), "confidence": confidence}
+
+    def finish(self, carry, extra):
+        return extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Align:
+    """A sweep that labels each class as often as the ground truth has it, drawing among ties."""
+
+    ratio: float
+    networks: Mapping[str, Weights]
+    window: tuple[int, int] | None
+    seed: int
+    name: str = "label"
+    source: str = "unlabeled"
+
+    def init(self, results):
+        prior, counts = results["prior"], results["count"]
+        wanted = self.ratio * counts.sum() * prior / prior.sum()
+        lowest, available = threshold(counts, wanted)
+        return lowest, wanted / jnp.maximum(available, 1)
+
+    def update(self, nets, networks, carry, batch):
+        label, confidence = predict(nets, networks, batch, self.window)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), batch["index"])
+        drawn = jax.vmap(lambda key: jax.random.uniform(key, label.shape[1:]))(keys)
+        lowest, share = carry
+        kept = (to_bin(confidence) >= lowest[label]) & (drawn < share[label])
+        return carry, {"label": as_label(label, kept), "confidence": confidence}
+
+    def finish(self, carry, extra):
+        return extra
+
+
+def predict(nets, networks, batch, window=None):
+    """Class and confidence per position: the mean of windows that overlap by a third."""
+    ((name, variables),) = networks.items()
+    net, image = nets[name], batch["image"]
+    H, W = image.shape[1:3]
+    h, w = window or (H, W)
+    total = jnp.zeros(())
+    rows, columns = ([*range(0, s - t, 2 * t // 3), s - t] for s, t in ((H, h), (W, w)))
+    for top, left in itertools.product(rows, columns):
+        part = image[:, top : top + h, left : left + w]
+        logits = net.apply(*variables, part, batch_stats=False)[0].logits
+        if logits.ndim == 2:
+            total = jax.nn.softmax(logits)
+            continue
+        p = jax.nn.softmax(net.resize(logits, (h, w)))
+        total += jnp.pad(p, ((0, 0), (top, H - h - top), (left, W - w - left), (0, 0)))
+    return total.argmax(-1), total.max(-1) / total.sum(-1)
+
+
+def threshold(counts, wanted):
+    """The highest bin with at least `wanted` counts from it up, and their number, per class."""
+    above = jnp.cumsum(counts[:, ::-1], 1)[:, ::-1]
+    lowest = jnp.maximum(jnp.sum(above >= wanted[:, None], 1) - 1, 0)
+    return lowest, jnp.take_along_axis(above, lowest[:, None], 1)[:, 0]
+
+
+def to_bin(confidence):
+    return jnp.floor(confidence * (BINS - 1)).astype(jnp.int32)
+
+
+def as_label(label, kept):
+    return jnp.where(kept, label, IGNORE_LABEL).astype(jnp.uint8)
+
+
+CITYSCAPES = {"sizes": {"labeled": 186, "unlabeled": 2789, "val": 500}, "num_classes": 19}
+CIFAR = {"sizes": {"labeled": 4000, "unlabeled": 46_000, "val": 200}, "num_classes": 10}
+ROUNDS = [f"round_{i}" for i in (1, 2, 3, 4, 5)]
+STEPS = {
+    # 80,000 steps, as the config says; a warm-up goes before them.
+    "mkd": (
+        mkd.Method(),
+        Plan(**CITYSCAPES, batch={"labeled": 16, "unlabeled": 16}, steps=80_000, warmup=500),
+        {"warmup": 500, "main": 80_000},
+    ),
+    # 200 passes over 2789 images, 16 at a time: 34862.5.
+    "u2pl": (
+        U2PL(),
+        Plan(**CITYSCAPES, batch={"labeled": 16, "unlabeled": 16}, epochs=200, warmup=174),
+        {"warmup": 174, "main": 34_862},
+    ),
+    # 90,000 steps a stage, and a fifth of that before.
+    "rml": (
+        RML(),
+        Plan(**CITYSCAPES, batch={"labeled": 4, "unlabeled": 4}, steps=90_000),
+        {"warmup": 18_000, "stage_1": 90_000, "stage_2": 90_000},
+    ),
+    # 60 * sqrt(2975 / 186) = 239.96 epochs of 186 images, 8 at a time: 5579.1.
+    # 10 epochs of 2789 images, 6 at a time: 4648.3.
+    "dmt": (
+        DMT(),
+        Plan(**CITYSCAPES, batch={"labeled": 2, "unlabeled": 6}, epochs=10),
+        {"supervised_a": 5579, "supervised_b": 5579}
+        | {f"{name}_{student}": 4648 for name in ROUNDS for student in "ba"},
+    ),
+    # Difference maximized sampling: 239.96 epochs of .8 * 186 images: 4463.2.
+    # 8 epochs of 2789 images, 7 at a time: 3187.4.
+    "dmt_sampling": (
+        DMT(part=0.8),
+        Plan(**CITYSCAPES, batch={"labeled": 1, "unlabeled": 7}, epochs=8),
+        {"supervised_a": 4463, "supervised_b": 4463}
+        | {f"{name}_{student}": 3187 for name in ROUNDS for student in "ba"},
+    ),
+    # 300 * sqrt(50000 / 4000) = 1060.66 epochs of 4000 images, 512 at a time: 8286.4.
+    # 750 epochs of a fifth, two fifths, ... of 46000 images, 448 at a time: 77008.9 for all.
+    "dmt_images": (
+        DMTImages(),
+        Plan(**CIFAR, batch={"labeled": 64, "unlabeled": 448}, epochs=750),
+        {"supervised": 8286}
+        | dict(zip(ROUNDS, (15_402, 30_804, 46_205, 61_607, 77_009), strict=True)),
+    ),
+    # 200 epochs of 2789 images, 8 at a time: 69725; 16 labeled at a time: half as many steps.
+    "dars": (
+        DARS(),
+        Plan(**CITYSCAPES, batch={"labeled": 8, "unlabeled": 8}, epochs=200),
+        {"supervised": 34_862, "round_1": 69_725, "round_2": 69_725},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_phases_take_the_steps_of_the_paper(name):
+    method, plan, steps = STEPS[name]
+    phases = method.phases(plan)
+    assert [(phase.name, phase.steps) for phase in phases] == list(steps.items())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_phases_refer_to_what_exists(name):
+    method, plan, _ = STEPS[name]
+    networks = {*method.students, *(TEACHER + student for student in method.teachers)}
+    assert {method.headline, method.labeler or method.headline} <= networks
+    earlier = {}
+    for phase in method.phases(plan):
+        assert phase.name not in earlier
+        assert {*phase.train, *phase.reinitialize} <= {*method.students}
+        assert {*phase.start, phase.headline or method.headline} <= networks
+        sweeps = [sweep.name for sweep in phase.sweeps]
+        assert len(sweeps) == len(set(sweeps))
+        for stream in phase.streams:
+            assert stream.labels in ({"truth"} if stream.name == "labeled" else {None, *sweeps})
+        for weights in references(phase):
+            assert weights.network in networks
+            # What is best is decided, and saved, by the headline's score.
+            then = earlier[weights.phase].headline or method.headline
+            assert weights.which == "last" or weights.network == then
+        done, total = phase.schedule or (0, phase.steps)
+        assert 0 <= done <= done + phase.steps <= total
+        earlier[phase.name] = phase
+
+
+def references(phase):
+    """All weights of earlier phases that a phase asks for."""
+    sweeps = (sweep.networks.values() for sweep in phase.sweeps)
+    return [*phase.start.values(), *phase.frozen.values(), *itertools.chain(*sweeps)]
+
+
+def test_dmt_labels_with_the_networks_of_the_round_before():
+    method, plan, _ = STEPS["dmt_sampling"]
+    phases = {phase.name: phase for phase in method.phases(plan)}
+    assert len(phases) == 12
+    asked = {
+        name: [(weights.phase, weights.which) for weights in references(phases[name])]
+        for name in ("round_1_b", "round_1_a", "round_2_b", "round_2_a")
+    }
+    assert asked == {
+        "round_1_b": [("supervised_b", "best")] + 2 * [("supervised_a", "best")],
+        "round_1_a": [("supervised_a", "best")] + 2 * [("supervised_b", "best")],
+        "round_2_b": [("round_1_b", "best")] + 2 * [("round_1_a", "best")],
+        "round_2_a": [("round_1_a", "best")] + 2 * [("round_1_b", "best")],
+    }
+    parts = [phases[f"supervised_{name}"].streams[0].part for name in "ab"]
+    assert parts == [(0.0, 0.8), (pytest.approx(0.2), 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("method", "plan", "phase", "rate"),
+    [
+        (*STEPS["u2pl"][:2], 0, 1.0),
+        (*STEPS["u2pl"][:2], 1, (34_862 / 35_036) ** 0.9),
+        (*STEPS["dars"][:2], 2, 1.0),
+        # 0.00536 and 0.00372 of 0.01 are the rates at which the released rounds begin.
+        (DARS(schedule="stretched"), STEPS["dars"][1], 1, 0.536),
+        (DARS(schedule="stretched"), STEPS["dars"][1], 2, 0.372),
+    ],
+)
+def test_schedules_go_on_restart_or_stretch(method, plan, phase, rate):
+    schedule = optim.make_schedule({"schedule": "poly", "power": 0.9, "warmup_steps": 0})
+    clock = Clock.of(method.phases(plan)[phase], begin=12_345)
+    assert schedule(clock.schedule_begin, clock.schedule_steps) == pytest.approx(rate, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "phase", "decays"),
+    [
+        ("u2pl", 0, {0: 0, 100: 0}),
+        ("u2pl", 1, {0: 0, 1: 0.5, 3: 0.75, 1000: 0.99}),
+        ("rml", 1, {0: 0, 1: 0.5, 10_000: 0.999}),
+        ("rml", 2, {0: 0.999}),
+        ("dmt_images", 3, {0: 0, 1: 0.5, 10_000: 0.999}),
+    ],
+)
+def test_teachers_start_once(name, phase, decays):
+    method, plan, _ = STEPS[name]
+    phase = method.phases(plan)[phase]
+    assert {k: float(method.ema_decay(phase, jnp.int32(k))) for k in decays} == pytest.approx(
+        decays
+    )
+
+
+SIZE = (8, 12)
+OPTIMIZER = optim.make_optimizer(
+    {
+        "name": "sgd",
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 5e-4,
+        "decay_norm_and_bias": True,
+        "head_factor": 10.0,
+        "clip_norm": 0.0,
+    }
+)
+
+
+def drawn(nets):
+    """Random variables of each network."""
+    return {name: net.init(jax.random.key(i), SIZE) for i, (name, net) in enumerate(nets.items())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """A method on two labeled and three unlabeled images, with networks of its own widths."""
+
+    method: contracts.Method
+    task: str = "segmentation"
+    widths: tuple[int, int] = (4, 4)
+
+    @functools.cached_property
+    def phases(self):
+        sizes, batch = {"labeled": 8, "unlabeled": 12}, {"labeled": 2, "unlabeled": 3}
+        return self.method.phases(
+            Plan(sizes, batch, num_classes=3, epochs=5, warmup=7, crop=(4, 4))
+        )
+
+    @functools.cached_property
+    def nets(self):
+        widths = dict(zip(self.method.students, self.widths, strict=False))
+        return {name: Linear(width, task=self.task) for name, width in widths.items()}
+
+    def state(self, phase):
+        variables = drawn(self.nets)
+        make = functools.partial(create, self.method, self.nets, OPTIMIZER, phase.train)
+        return jax.jit(make)(variables)
+
+    def frozen(self, phase, state):
+        return {name: state.network(weights.network) for name, weights in phase.frozen.items()}
+
+    def batch(self, phase):
+        return {
+            stream.name: self.arrays(stream, np.random.default_rng(0)) for stream in phase.streams
+        }
+
+    def arrays(self, stream, rng):
+        shape = (stream.batch, *SIZE)
+        arrays = {"image": rng.integers(0, 256, (*shape, 3), np.uint8)}
+        arrays["index"] = np.arange(stream.batch, dtype=np.int32)
+        if self.task == "segmentation":
+            arrays["valid"] = np.ones(shape, bool)
+        else:
+            shape = shape[:1]
+        if stream.labels:
+            arrays["label"] = rng.integers(0, 3, shape, np.uint8)
+        if stream.labels not in ("truth", None):
+            arrays["confidence"] = rng.random(shape, np.float32)
+        return arrays
+
+    def step(self, phase):
+        schedule = optim.make_schedule({"schedule": "poly", "power": 0.9, "warmup_steps": 0})
+        return make_train_step(
+            self.method, self.nets, phase, OPTIMIZER, schedule, learning_rate=0.1, seed=0
+        )
+
+
+SMALL = {
+    "mkd": Small(mkd.Method()),
+    "u2pl": Small(U2PL()),
+    "rml": Small(RML(), widths=(4, 6)),
+    "dmt": Small(DMT()),
+    "dmt_images": Small(DMTImages(), task="classification"),
+    "dars": Small(DARS()),
+}
+PHASES = [(name, i) for name, small in SMALL.items() for i in range(len(small.phases))]
+
+
+@pytest.mark.parametrize(("name", "index"), PHASES)
+def test_a_step_keeps_shapes_and_dtypes_of_the_state(name, index):
+    small, phase = SMALL[name], SMALL[name].phases[index]
+    state = jax.eval_shape(lambda: small.state(phase))
+    frozen = jax.eval_shape(lambda state: small.frozen(phase, state), state)
+    clock = jax.eval_shape(lambda: Clock.of(phase, 0))
+    after, metrics = jax.eval_shape(small.step(phase), state, frozen, small.batch(phase), clock)
+    assert after == state
+    assert {value.shape for pair in metrics.values() for value in pair} == {()}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_moves_what_the_phase_trains_and_nothing_else(name):
+    small, phase = SMALL[name], SMALL[name].phases[-1]
+    state = small.state(phase)
+    frozen, batch = small.frozen(phase, state), small.batch(phase)
+    after, metrics = jax.jit(small.step(phase))(state, frozen, batch, Clock.of(phase, 0))
+    assert int(after.skipped) == 0
+    assert np.isfinite(metrics["loss"][0])
+    for student in small.method.students:
+        moved = changed(state.network(student), after.network(student))
+        assert moved == (student in phase.train)
+    for student in small.method.teachers:
+        # At the first update the mean of one network is that network, or little of it.
+        decay = float(small.method.ema_decay(phase, jnp.int32(0)))
+        expected = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * new,
+            state.teacher_params[student],
+            after.params[student],
+        )
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+            after.teacher_params[student],
+            expected,
+        )
+    assert changed(state.extra, after.extra) == bool(state.extra)
+
+
+def changed(before, after):
+    same = jax.tree.map(lambda x, y: bool((x == y).all()), before, after)
+    return not all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "mkd",
+            {
+                **dict.fromkeys([(name, n, "batch", "noise") for name in "ab" for n in (2, 3)], 1),
+                **dict.fromkeys([(f"teacher_{name}", n) for name in "ab" for n in (2, 3)], 1),
+            },
+        ),
+        ("u2pl", {("a", 5, "batch", "noise"): 1, ("teacher_a", 3): 1, ("teacher_a", 5): 1}),
+        (
+            "rml",
+            {
+                **dict.fromkeys([(name, n, "batch", "noise") for name in "ab" for n in (2, 3)], 1),
+                **dict.fromkeys([(f"teacher_{name}", 3) for name in "ab"], 1),
+                **dict.fromkeys([(f"frozen {name}", 3) for name in "ab"], 1),
+            },
+        ),
+        ("dmt", {("a", 5, "batch", "noise"): 1}),
+        ("dmt_images", {("a", 5, "batch"): 1, ("a", 5, "batch", "noise"): 1}),
+        ("dars", {("a", 2, "batch", "noise"): 1, ("a", 3, "batch", "noise"): 1}),
+    ],
+)
+def test_forward_passes(name, expected):
+    """Network, images, BatchNorm statistics of the batch or running ones, and noise."""
+    small, phase = SMALL[name], SMALL[name].phases[-1]
+    seen = collections.Counter()
+
+    def loss(state):
+        frozen = small.frozen(phase, state)
+        owners = {id(state.network(n).params): n for n in small.method.students}
+        owners |= {id(p): TEACHER + n for n, p in state.teacher_params.items()}
+        frozen = {n: Variables(dict(v.params), v.stats) for n, v in frozen.items()}
+        owners |= {id(v.params): f"frozen {n}" for n, v in frozen.items()}
+        nets = {n: Watched(net, owners, seen) for n, net in small.nets.items()}
+        rest = small.batch(phase), jax.random.key(0)
+        return small.method.loss(
+            nets, state.params, state, frozen, *rest, phase=phase, progress=0.5
+        )
+
+    jax.eval_shape(loss, small.state(phase))
+    assert seen == expected
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Watched:
+    """A network that counts whose forward passes it makes, and how."""
+
+    net: Linear
+    owners: Mapping[int, str]
+    seen: collections.Counter
+
+    def __getattr__(self, name):
+        return getattr(self.net, name)
+
+    def apply(self, params, stats, image, *, valid=None, batch_stats, key=None):
+        how = ("batch",) * batch_stats + ("noise",) * (key is not None)
+        self.seen[self.owners[id(params)], image.shape[0], *how] += 1
+        return self.net.apply(params, stats, image, valid=valid, batch_stats=batch_stats, key=key)
+
+
+NETS = {"a": Linear(stride=1), "b": Linear(width=6, stride=1)}
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    # Dark and bright images, so that no class is sure everywhere.
+    return {
+        "labeled": rng.integers(0, 256, (5, *SIZE, 3), np.uint8),
+        "unlabeled": (rng.random((7, *SIZE, 3)) * rng.uniform(50, 256, (7, 1, 1, 1))).astype(
+            np.uint8
+        ),
+    }
+
+
+def run_sweeps(phase, images, extra, *, batch=4):
+    """What the sweeps of a phase store per image, by sweep, and the method's arrays after them."""
+    variables, results, stored = drawn(NETS), {}, {}
+    for sweep in phase.sweeps:
+        rows = collections.defaultdict(list)
+
+        def sink(arrays, outputs, rows=rows):
+            for name, values in outputs.items():
+                rows[name].extend(values[arrays["index"] >= 0])
+
+        networks = {
+            n: variables[w.network.removeprefix(TEACHER)] for n, w in sweep.networks.items()
+        }
+        update = jax.jit(functools.partial(sweep.update, NETS, networks))
+        batches, mesh = in_order(images[sweep.source], batch), sharding.make_mesh(jax.devices()[:1])
+        results[sweep.name] = fold(update, sweep.init(results), batches, mesh, sink=sink)
+        extra = sweep.finish(results[sweep.name], extra)
+        stored[sweep.name] = {name: np.stack(values) for name, values in rows.items()}
+    return stored, extra
+
+
+def in_order(images, size):
+    """Batches as a sweep sees them: the last one is filled with rows of index -1."""
+    for first in range(0, len(images), size):
+        part = images[first : first + size]
+        missing = size - len(part)
+        index = np.append(np.arange(first, first + len(part)), np.full(missing, -1))
+        yield {
+            "image": np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.uint8)]),
+            "label": np.concatenate(
+                [truth(part), np.full((missing, *SIZE), IGNORE_LABEL, np.uint8)]
+            ),
+            "index": index.astype(np.int32),
+        }
+
+
+def truth(images):
+    """A ground truth of .1, .3, .5 of the pixels and nothing for the rest."""
+    edges = np.array([0.1, 0.4, 0.9]) * 256
+    labels = np.searchsorted(edges, images[..., 0]).astype(np.uint8)
+    return np.where(labels == 3, np.uint8(IGNORE_LABEL), labels)
+
+
+def numpy_forward(name, images):
+    """Features `[B,H,W,D]` and softmax `[B,H,W,C]` of a network of `NETS`."""
+    params, stats = jax.device_get(drawn(NETS)[name])
+    x = images / np.float32(255) @ params["backbone"]["kernel"] - stats["mean"]
+    features = np.maximum(x, 0)
+    logits = features @ params["head"]["kernel"] + params["head"]["bias"]
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return features, p / p.sum(-1, keepdims=True)
+
+
+def test_sweeps_of_dmt_keep_the_most_confident_of_each_class(images):
+    phase = SMALL["dmt"].phases[4]  # the second round: .4
+    stored, extra = run_sweeps(phase, images, {})
+    assert extra == {}
+    assert stored["count"] == {}
+    _, p = numpy_forward("a", images["unlabeled"])
+    np.testing.assert_allclose(stored["label"]["confidence"], p.max(-1), rtol=1e-5)
+    bins = (stored["label"]["confidence"] * 1000).astype(int)
+    expected = np.full(bins.shape, IGNORE_LABEL, np.uint8)
+    for c in np.unique(p.argmax(-1)):
+        mine = p.argmax(-1) == c
+        lowest = np.sort(bins[mine])[::-1][math.ceil(0.4 * mine.sum()) - 1]
+        expected[mine & (bins >= lowest)] = c
+    np.testing.assert_array_equal(stored["label"]["label"], expected)
+
+
+def test_sweeps_of_dars_label_by_windows_as_the_ground_truth_is_distributed(images):
+    phase = SMALL["dars"].phases[2]  # the second round: .5
+    stored, _ = run_sweeps(phase, images, {})
+    _, p = numpy_forward("a", images["unlabeled"])
+    # The network sees single pixels, so windows agree with the whole image.
+    np.testing.assert_allclose(stored["label"]["confidence"], p.max(-1), rtol=1e-5)
+    prior = np.bincount(truth(images["labeled"]).ravel(), minlength=256)[:3]
+    wanted = 0.5 * p[..., 0].size * prior / prior.sum()
+    predicted = np.bincount(p.argmax(-1).ravel(), minlength=3)
+    kept = np.bincount(stored["label"]["label"].ravel(), minlength=256)[:3]
+    enough = predicted >= wanted
+    assert enough.any()
+    np.testing.assert_allclose(kept[enough], wanted[enough], atol=12)  # a draw among one bin's
+    np.testing.assert_array_equal(kept[~enough], predicted[~enough])
+    again, _ = run_sweeps(phase, images, {}, batch=3)
+    np.testing.assert_array_equal(again["label"]["label"], stored["label"]["label"])
+
+
+def test_sweeps_of_rml_fill_the_prototypes_of_both_teachers(images):
+    phase = SMALL["rml"].phases[1]
+    _, extra = run_sweeps(phase, images, {"prototypes": None})
+    for name, width in (("a", 4), ("b", 6)):
+        means = collections.defaultdict(list)
+        for image in np.concatenate([images["labeled"], images["unlabeled"]]):
+            features, p = numpy_forward(name, image)
+            for c in np.unique(p.argmax(-1)):
+                means[c].append(features[p.argmax(-1) == c].mean(0))
+        expected = np.zeros((3, width))
+        for c, values in means.items():
+            expected[c] = np.mean(values, 0)
+        np.testing.assert_allclose(extra["prototypes"][name], expected, rtol=1e-4, atol=1e-6)
