@@ -167,7 +167,7 @@ class Network(Protocol):
         """
         ...
 
-    def resize(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def resize(self, logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
         """Bilinear `[B,h,w,C]` -> `[B,*size,C]` by the network's own align_corners convention."""
         ...
 
@@ -209,15 +209,23 @@ class Stream:
 class Sweep(Protocol):
     """One pass over a set of images before a phase trains: counting, labeling, making prototypes.
 
-    Attributes:
-      name: of the sweep; unique in its phase.
-      source: "labeled" or "unlabeled": the images to pass over, whole and in order.
-      networks: the networks that `update` sees, by the name it uses for them.
+    A frozen dataclass with these three fields and three functions is one.
     """
 
-    name: str
-    source: str
-    networks: Mapping[str, Weights]
+    @property
+    def name(self) -> str:
+        """Of the sweep; unique in its phase."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Which images to pass over, "labeled" or "unlabeled"; whole, and in order."""
+        ...
+
+    @property
+    def networks(self) -> Mapping[str, Weights]:
+        """The networks that `update` sees, by the name it uses for them."""
+        ...
 
     def init(self, results: Mapping[str, Any]) -> Any:
         """The carry to start from, given the final carries of the phase's earlier sweeps."""

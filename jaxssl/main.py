@@ -28,12 +28,10 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(
                 f"Unexpected argument {argv[1]!r}. Overrides look like --config.steps=100."
             )
-        for flag, example in (
-            (_CONFIG, "configs/mkd_cityscapes.py:streets"),
-            (_WORKDIR, "/tmp/mkd"),
-        ):
-            if flag.value is None:
-                raise UserError(f"--{flag.name} is missing. For example --{flag.name}={example}")
+        if _CONFIG.value is None:
+            raise UserError("--config is missing: --config=configs/mkd_cityscapes.py:streets, say.")
+        if _WORKDIR.value is None:
+            raise UserError("--workdir is missing: the folder to write to, --workdir=/tmp/mkd, say.")
         return phases.run(_CONFIG.value, _WORKDIR.value)
     except UserError as error:
         return _fail(str(error))

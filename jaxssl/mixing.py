@@ -10,7 +10,7 @@ import numpy as np
 def box_mask(
     key: jax.Array,
     batch: int,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     *,
     boxes: int = 3,
     area: tuple[float, float] = (0.25, 0.5),
@@ -58,7 +58,7 @@ def mix(mask: jax.Array, x: jax.Array, *, partner: jax.Array | None = None) -> j
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, partner)
 
 
-def resize_nearest(mask: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_nearest(mask: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Resize a mask or labels `[B,H,W]` to `[B,*size]` by nearest neighbor.
 
     Row i takes row floor(i * H / size[0]), columns likewise: PyTorch's `interpolate` with mode

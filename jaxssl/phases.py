@@ -268,7 +268,7 @@ def prepare_jax(config: Config) -> None:
     if cache == "auto":
         home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         cache = os.path.expanduser(os.path.join(home, "jaxssl", "compilation"))
-    if cache and jax.config.jax_compilation_cache_dir is None:
+    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", cache)
 
 

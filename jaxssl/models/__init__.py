@@ -13,8 +13,7 @@ from jaxssl import contracts
 
 def available() -> tuple[str, ...]:
     """Names of all networks: the modules here that define a `Model`."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(n for n in names if hasattr(importlib.import_module(f"{__name__}.{n}"), "Model"))
+    return tuple(name for name in _modules() if _model(name) is not None)
 
 
 def load(
@@ -32,11 +31,11 @@ def load(
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     name = fields.pop("name", None)
-    if name not in available():
+    model = _model(name) if name in _modules() else None
+    if model is None:
         raise contracts.UserError(
             f"Unknown model.name {name!r}. There are: {', '.join(available())}."
         )
-    model = importlib.import_module(f"{__name__}.{name}").Model
     given = {"num_classes": num_classes, "axis_name": axis_name}
     accepted = [f.name for f in dataclasses.fields(model) if f.name not in given]
     for field in fields:
@@ -45,3 +44,11 @@ def load(
                 f"Network {name!r} has no field {field!r}. Its fields: {', '.join(accepted)}."
             )
     return model(**given, **fields)
+
+
+def _modules() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def _model(name: str) -> Any:
+    return getattr(importlib.import_module(f"{__name__}.{name}"), "Model", None)

@@ -61,11 +61,15 @@ class Model(network.LinenNetwork):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        network.check_choice("backbone", self.backbone, tuple(resnet.DEPTHS))
+        network.check_choice("backbone", self.backbone, resnet.DEPTHS)
         network.check_choice("stem", self.stem, ("deep", "conv7"))
         network.check_choice("output_stride", self.output_stride, (8, 16, 32))
-        schedule = self.stochastic_depth_schedule
+        schedule, survival = self.stochastic_depth_schedule, self.stochastic_depth
         network.check_choice("stochastic_depth_schedule", schedule, ("constant", "linear"))
+        network.check("stochastic_depth", survival, 0 < survival <= 1, "in (0, 1]")
+        network.check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        grid, last = self.multi_grid, resnet.DEPTHS[self.backbone][1][-1]
+        network.check("multi_grid", grid, len(grid) >= last, f"at least {last} factors")
 
     def module(self, *, batch_stats: bool) -> nn.Module:
         """The linen module in one of its two modes."""
@@ -130,7 +134,8 @@ class Head(nn.Module):
             branches.append(conv3x3(self.channels, dilation=rate, name=f"aspp{i}")(x))
         x = conv(self.channels, name="bottleneck")(jnp.concatenate(branches, -1))
 
-        x = layers.resize_bilinear(x, low.shape[1:3], align_corners=self.align_corners)
+        _, height, width, _ = low.shape
+        x = layers.resize_bilinear(x, (height, width), align_corners=self.align_corners)
         low = conv(self.low_level_channels, size=1, name="low_level")(low)
         x = conv3x3(self.channels, name="decoder1")(jnp.concatenate([x, low], -1))
         x = conv3x3(self.channels, name="decoder2")(x)

@@ -75,12 +75,12 @@ def fastest_form(shape: tuple[int, ...], *, dilation: int, groups: int) -> Form:
 
 
 def _plain(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, groups: int) -> jax.Array:
-    padding = [(dilation * (size // 2),) * 2 for size in kernel.shape[:2]]
+    top, left = (dilation * (size // 2) for size in kernel.shape[:2])
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        padding,
+        ((top, top), (left, left)),
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
@@ -132,7 +132,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B,H,W,I]` -> `[B, ceil(H/stride), ceil(W/stride), features]`."""
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
-        std = self.std or math.sqrt(2 / (self.size**2 * self.features))
+        std = math.sqrt(2 / (self.size**2 * self.features)) if self.std is None else self.std
         kernel = self.param("kernel", nn.initializers.constant(std), shape)
         y = convolution(
             x,
@@ -238,6 +238,12 @@ def classify(x: jax.Array, num_classes: int, dropout: float) -> tuple[jax.Array,
     features = Dropout(dropout)(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     conv = Conv(num_classes, 1, use_bias=True, std=0.01, name="classifier")
     return conv(features), features
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Maximum over 3x3 windows with stride 2: `[B,H,W,C]` -> `[B, ceil(H/2), ceil(W/2), C]`."""
+    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
 
 def resize_bilinear(x: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:

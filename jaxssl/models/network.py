@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -41,7 +42,7 @@ class LinenNetwork(abc.ABC):
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
-        if self.dtype == "float64" and not jax.config.jax_enable_x64:
+        if self.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
             raise UserError('model.dtype "float64" needs JAX_ENABLE_X64=1 in the environment.')
 
     @abc.abstractmethod
@@ -75,15 +76,12 @@ class LinenNetwork(abc.ABC):
         key: jax.Array | None = None,
     ) -> tuple[Outputs, Stats]:
         """Runs the network as `contracts.Network.apply` says."""
-        run = functools.partial(
-            self.module(batch_stats=batch_stats).apply,
+        outputs, updated = self.module(batch_stats=batch_stats).apply(
             {"params": params, "batch_stats": stats},
             self._normalized(image, valid),
             rngs=None if key is None else {"dropout": key},
+            mutable=["batch_stats"] if batch_stats else [],
         )
-        if not batch_stats:
-            return run(), stats
-        outputs, updated = run(mutable=["batch_stats"])
         return outputs, updated.get("batch_stats", stats)
 
     def classifier(self, params: Params) -> tuple[jax.Array, jax.Array]:
@@ -102,13 +100,13 @@ class LinenNetwork(abc.ABC):
         return layers.resize_bilinear(logits, size, align_corners=self.align_corners)
 
     @property
-    def wide(self) -> jnp.dtype:
+    def param_dtype(self) -> jnp.dtype:
         """Of parameters, statistics and logits."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def _normalized(self, image: jax.Array, valid: jax.Array | None) -> jax.Array:
-        mean, std = (jnp.asarray(value, self.wide) for value in (self.mean, self.std))
-        x = (image.astype(self.wide) - mean) / std
+        mean, std = (jnp.asarray(value, self.param_dtype) for value in (self.mean, self.std))
+        x = (image.astype(self.param_dtype) - mean) / std
         if valid is not None:
             x = jnp.where(valid[..., None], x, 0)
         return x.astype(self.dtype)
@@ -120,7 +118,7 @@ def _draw(network: LinenNetwork, key: jax.Array, size: tuple[int, int]) -> Varia
     variables = network.module(batch_stats=True).init(key, image)
     params = _randomized(key, variables["params"])
     # linen makes float32 statistics; they must have the dtype that they have after a step.
-    cast = functools.partial(jax.tree.map, lambda x: x.astype(network.wide))
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(network.param_dtype))
     return Variables(cast(params), cast(variables.get("batch_stats", {})))
 
 
@@ -162,9 +160,12 @@ class EncoderDecoder(nn.Module):
         return Outputs(logits=logits, features=features, auxiliary=auxiliary)
 
 
-def check_choice(field: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuses a value of a config's field that is not among `choices`."""
-    if value not in choices:
-        raise UserError(
-            f"model.{field} is {value!r}; it must be one of {', '.join(map(repr, choices))}."
-        )
+def check(field: str, value: object, good: bool, wanted: str) -> None:
+    """Refuses the value of a config's field that is not `good`."""
+    if not good:
+        raise UserError(f"model.{field} is {value!r}; it must be {wanted}.")
+
+
+def check_choice(field: str, value: object, choices: Collection[object]) -> None:
+    """Refuses the value of a config's field that is not among `choices`."""
+    check(field, value, value in choices, f"one of {', '.join(map(repr, choices))}")

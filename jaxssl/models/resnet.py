@@ -13,7 +13,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxssl.models.layers import Conv, ConvBNReLU, Dropout, NormDef
+from jaxssl.models.layers import Conv, ConvBNReLU, Dropout, NormDef, max_pool
 
 DEPTHS: dict[str, tuple[bool, tuple[int, int, int, int]]] = {
     "resnet10": (False, (1, 1, 1, 1)),
@@ -158,7 +158,7 @@ class ResNet(nn.Module):
             x = ConvBNReLU(half, self.norm, stride=2, name="stem1")(x)
             x = ConvBNReLU(half, self.norm, name="stem2")(x)
             x = ConvBNReLU(2 * half, self.norm, name="stem3")(x)
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = max_pool(x)
         block = nn.remat(Block) if self.remat else Block
         outputs: dict[int, jax.Array] = {}
         blocks = plan(

@@ -1,0 +1,221 @@
+"""Eight CPU devices, one compilation cache, and what the tests of training share.
+
+Environment variables, so that processes that a test starts have the same cache.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(), "jaxssl-tests-compiled"))
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxssl import optim
+from jaxssl.contracts import IGNORE_LABEL, Outputs, Plan, Variables
+from jaxssl.models import layers, network
+from jaxssl.state import create
+
+OPTIMIZER = {
+    "name": "sgd",
+    "learning_rate": 0.1,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "decay_norm_and_bias": True,
+    "head_factor": 1.0,
+    "clip_norm": 0.0,
+    "schedule": "poly",
+    "power": 0.9,
+    "warmup_steps": 0,
+}
+
+
+def pytest_configure(config):
+    # A test run that was killed may leave half an entry behind.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The smallest network with all parts: every second pixel, centered by a mean over the batch,
+    times two matrices. `forward` is its twin in NumPy.
+    """
+
+    num_classes: int = 4
+    channels: int = 5
+    auxiliary: bool = False
+    axis_name: str | None = None
+
+    def init(self, key, size):
+        keys = jax.random.split(key, 3)
+        kernel = 3 * jax.random.normal(keys[0], (3, self.channels))
+        head = {
+            "kernel": jax.random.normal(keys[1], (self.channels, self.num_classes)),
+            "bias": jax.random.normal(keys[2], (self.num_classes,)),
+        }
+        return Variables({"backbone": {"kernel": kernel}, "head": head}, {"mean": jnp.zeros(3)})
+
+    def apply(self, params, stats, image, *, valid=None, batch_stats, key=None):
+        x = image.astype(params["head"]["bias"].dtype) / 255 - 0.5
+        if valid is not None:
+            x = jnp.where(valid[..., None], x, 0)
+        mean = stats["mean"]
+        if batch_stats:
+            mean = x.mean((0, 1, 2))
+            if self.axis_name is not None:
+                mean = jax.lax.pmean(mean, self.axis_name)
+            stats = {"mean": 0.9 * stats["mean"] + 0.1 * mean}
+        features = (x - mean)[:, ::2, ::2] @ params["backbone"]["kernel"]
+        logits = features @ params["head"]["kernel"] + params["head"]["bias"]
+        auxiliary = 2 * logits if self.auxiliary else None
+        return Outputs(logits, features, auxiliary=auxiliary), stats
+
+    def classifier(self, params):
+        return params["head"]["kernel"], params["head"]["bias"]
+
+    def resize(self, logits, size):
+        return nearest(logits, size)
+
+
+def forward(variables, image, valid, batch_stats=True):
+    """`Linear` in NumPy, float64: (logits, features, new statistics)."""
+    params, stats = jax.tree.map(np.float64, tuple(variables))
+    x = np.where(valid[..., None], image / 255 - 0.5, 0)
+    mean = x.mean((0, 1, 2)) if batch_stats else stats["mean"]
+    if batch_stats:
+        stats = {"mean": 0.9 * stats["mean"] + 0.1 * mean}
+    features = (x - mean)[:, ::2, ::2] @ params["backbone"]["kernel"]
+    return features @ params["head"]["kernel"] + params["head"]["bias"], features, stats
+
+
+def nearest(x, size):
+    """Resizes `[B,h,w,...]` by repeating or dropping pixels."""
+    rows, columns = (np.arange(new) * old // new for old, new in zip(x.shape[1:3], size, strict=True))
+    return x[:, rows][:, :, columns]
+
+
+def cross_entropy(logits, labels):
+    """Mean of -log softmax over the pixels with a label, in NumPy."""
+    known = labels != IGNORE_LABEL
+    logits, labels = logits[known], labels[known]
+    if not len(labels):
+        return 0.0
+    top = logits.max(-1, keepdims=True)
+    log_sum = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
+    return (log_sum - logits[np.arange(len(labels)), labels]).mean()
+
+
+class Body(nn.Module):
+    """Three convolutions, down to stride 4."""
+
+    norm: layers.NormDef
+
+    @nn.compact
+    def __call__(self, x):
+        x = layers.ConvBNReLU(8, self.norm, stride=2)(x)
+        x = layers.ConvBNReLU(16, self.norm, stride=2)(x)
+        return (layers.ConvBNReLU(16, self.norm, dilation=2)(x),)
+
+
+class Classifier(nn.Module):
+    """A 1x1 convolution."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, stages):
+        return layers.classify(stages[-1], self.num_classes, dropout=0.1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small(network.LinenNetwork):
+    """A network of the library's layers that compiles in seconds."""
+
+    num_classes: int = 4
+
+    def module(self, *, batch_stats):
+        return network.EncoderDecoder(Body(self.norm(batch_stats)), Classifier(self.num_classes))
+
+
+def random_batch(seed=0, *, images=4, size=(16, 24), num_classes=4, padded=True):
+    """Noise with labels, some of them ignored; where `padded`, some images end early."""
+    rng = np.random.default_rng(seed)
+    batch = {}
+    for name in ("labeled", "unlabeled"):
+        valid = np.ones((images, *size), bool)
+        if padded:
+            valid[::2, -size[0] // 4 :] = valid[1, :, -size[1] // 4 :] = False
+        batch[name] = {
+            "image": rng.integers(0, 256, (images, *size, 3), np.uint8),
+            "valid": valid,
+        }
+    label = rng.integers(0, num_classes, (images, *size), np.uint8)
+    if padded:
+        label[rng.random(label.shape) < 0.1] = IGNORE_LABEL
+        label[~batch["labeled"]["valid"]] = IGNORE_LABEL
+    batch["labeled"]["label"] = label
+    return batch
+
+
+def shapes(count=8, size=64):
+    """Images of a rectangle and a disk on a background, with noise, and their labels."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size]
+    label = np.zeros((count, size, size), np.uint8)
+    for i in range(count):
+        top, left = rng.integers(0, size // 4, 2)
+        label[i, top : top + size // 2, left : left + size // 3] = 1
+        row, column, radius = size * rng.uniform((0.6, 0.6, 0.2), (0.75, 0.75, 0.25))
+        label[i, (y - row) ** 2 + (x - column) ** 2 < radius**2] = 2
+    colors = np.array([[60, 90, 60], [170, 60, 60], [60, 80, 190]])
+    image = colors[label] + rng.normal(0, 12, (count, size, size, 3))
+    valid = np.ones(label.shape, bool)
+    return {"image": image.clip(0, 255).astype(np.uint8), "label": label, "valid": valid}
+
+
+def mean_iou(labels, predictions):
+    """Mean over the classes of intersection over union, in NumPy."""
+    scores = [
+        ((labels == c) & (predictions == c)).sum() / ((labels == c) | (predictions == c)).sum()
+        for c in np.unique(labels)
+    ]
+    return np.mean(scores)
+
+
+def plan(steps=10, *, warmup=0, images=4):
+    """What a method plans its phases from."""
+    count = {"labeled": images, "unlabeled": images}
+    return Plan(sizes=count, batch=count, num_classes=4, steps=steps, warmup=warmup)
+
+
+def make_state(method, nets, *, optimizer=None, size=(16, 24)):
+    """The state a run of the method starts with; every student differs."""
+    optimizer = optimizer or optim.make_optimizer(OPTIMIZER)
+    variables = {
+        name: jax.jit(net.init, static_argnums=1)(jax.random.key(i), size)
+        for i, (name, net) in enumerate(nets.items())
+    }
+    return jax.jit(lambda variables: create(method, nets, optimizer, method.students, variables))(
+        variables
+    )
+
+
+@pytest.fixture
+def nets():
+    return {"a": Linear(), "b": Linear()}

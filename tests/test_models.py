@@ -1,0 +1,551 @@
+import functools
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxssl import models
+from jaxssl.contracts import UserError, Variables
+from jaxssl.models import layers, resnet
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "models.npz"
+SMALL = {
+    "backbone": "resnet10",
+    "width": 8,
+    "channels": 16,
+    "low_level_channels": 8,
+    "aspp_rates": (1, 2, 3),
+    "auxiliary": True,
+}
+TINY = {"num_classes": 5} | SMALL
+"""A network that is quick to differentiate; PyTorch's results for it are stored in `GOLDEN`."""
+
+
+def make(num_classes=19, **fields):
+    return models.load({"name": "deeplab_v3plus", **fields}, num_classes)
+
+
+def path_of(keys):
+    return tuple(key.key for key in keys)
+
+
+def random_leaf(path, shape, rng):
+    if path[-1] == "kernel":
+        return rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:3]))
+    if path[-1] in ("scale", "var"):
+        low, high = (0.2, 0.6) if path[-2] in ("bn2", "bn3") and path[-1] == "scale" else (0.5, 1.5)
+        return rng.uniform(low, high, shape)
+    return 0.2 * rng.standard_normal(shape)
+
+
+def random_network(fields, seed=0):
+    """A network, random variables of it, and the same as `{path: array}`."""
+    net, rng, leaves = make(**fields), np.random.default_rng(seed), {}
+
+    def draw(keys, leaf):
+        value = random_leaf(path_of(keys), leaf.shape, rng).astype(np.float32)
+        leaves[path_of(keys)] = value
+        return jnp.asarray(value)
+
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), (32, 32)))
+    params, stats = (jax.tree_util.tree_map_with_path(draw, tree) for tree in shapes)
+    return net, Variables(params, stats), leaves
+
+
+def random_image(shape, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.uniform(0, 255, (*shape, 3)).astype(np.float32)
+
+
+def apply(net, **settings):
+    return jax.jit(functools.partial(net.apply, **settings))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_network(TINY)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return random_image((2, 49, 81))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, image):
+    net, variables, _ = tiny
+    return apply(net, batch_stats=False)(*variables, image)[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, image):
+    """Outputs and statistics in training, and the gradient of what `objective` says."""
+    net, variables, _ = tiny
+
+    def loss(params):
+        outputs, stats = net.apply(params, variables.stats, image, batch_stats=True)
+        return objective(outputs.logits, outputs.auxiliary), (outputs, stats)
+
+    grads, (outputs, stats) = jax.jit(jax.grad(loss, has_aux=True))(variables.params)
+    return outputs, stats, grads
+
+
+def objective(logits, auxiliary):
+    return (logits**2).mean() + (auxiliary**2).mean()
+
+
+def test_golden(evaluated, trained):
+    with np.load(GOLDEN) as golden:
+        np.testing.assert_allclose(evaluated.logits, golden["evaluated"], atol=1e-4)
+        np.testing.assert_allclose(trained[0].logits, golden["trained"], atol=1e-4)
+        np.testing.assert_allclose(trained[0].auxiliary, golden["auxiliary"], atol=1e-4)
+    assert evaluated.auxiliary is None
+    assert evaluated.embedding is None
+
+
+def test_classifier_multiplies_features(tiny, evaluated):
+    net, variables, _ = tiny
+    kernel, bias = map(np.asarray, net.classifier(variables.params))
+    assert kernel.shape == (16, 5)
+    expected = np.asarray(evaluated.features) @ kernel + bias
+    np.testing.assert_allclose(evaluated.logits, expected, atol=1e-5)
+    with pytest.raises(UserError, match="does not end in one 1x1 convolution"):
+        net.classifier({"head": {}})
+
+
+def test_running_statistics_are_not_copied(tiny, image):
+    net, variables, _ = tiny
+
+    def run(params, stats, image):
+        outputs, same = net.apply(params, stats, image, batch_stats=False)
+        assert same is stats
+        return outputs
+
+    jax.eval_shape(run, *variables, image)
+
+
+def test_invalid_pixels_have_no_influence(tiny, evaluated, image):
+    net, variables, _ = tiny
+    run = apply(net, batch_stats=False)
+    valid = np.zeros(image.shape[:3], bool)
+    valid[:, 5:30, 10:50] = True
+    hidden, mean_color = (
+        np.where(valid[..., None], image, np.float32(color)) for color in (7, net.mean)
+    )
+    first = run(*variables, image, valid=valid)[0].logits
+    np.testing.assert_array_equal(first, run(*variables, hidden, valid=valid)[0].logits)
+    everywhere = np.ones_like(valid)
+    seen = run(*variables, mean_color, valid=everywhere)[0].logits
+    np.testing.assert_allclose(first, seen, atol=1e-5)
+    assert np.abs(first - evaluated.logits).max() > 0.1
+
+
+def test_bfloat16_stays_near_float32(tiny, evaluated, image):
+    _, variables, _ = tiny
+    run = apply(make(**TINY, dtype="bfloat16"), batch_stats=False)
+    logits = run(*variables, image)[0].logits
+    assert logits.dtype == jnp.float32
+    assert 0 < np.abs(logits - evaluated.logits).max() < 0.05 * np.abs(evaluated.logits).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("batch_stats", [True, False])
+def test_dtypes_are_a_fixed_point(dtype, batch_stats):
+    with jax.enable_x64(dtype == "float64"):
+        net = make(**TINY, dtype=dtype)
+        variables = jax.eval_shape(lambda: net.init(jax.random.key(0), (33, 33)))
+        image = jax.ShapeDtypeStruct((2, 33, 33, 3), jnp.uint8)
+        run = functools.partial(net.apply, batch_stats=batch_stats)
+        outputs, stats = jax.eval_shape(run, *variables, image)
+        describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.weak_type))
+        assert describe(stats) == describe(variables.stats)
+        wide = jnp.float64 if dtype == "float64" else jnp.float32
+        assert {leaf.dtype for leaf in jax.tree.leaves((variables, outputs))} == {jnp.dtype(wide)}
+
+
+def test_key_turns_on_noise(tiny, image):
+    _, variables, _ = tiny
+
+    def draws(key, **fields):
+        run = functools.partial(make(**TINY, **fields).apply, batch_stats=True, key=key)
+        return "random_bits" in str(jax.make_jaxpr(run)(*variables, image))
+
+    key = jax.random.key(0)
+    assert not draws(key)
+    for noise in ({"dropout": 0.1}, {"stochastic_depth": 0.8}):
+        assert draws(key, **noise)
+        assert not draws(None, **noise)
+
+
+def test_remat_wraps_each_block(tiny, image):
+    net, variables, _ = tiny
+    remat = make(**TINY, remat=True)
+    run = functools.partial(remat.apply, batch_stats=True)
+    assert str(jax.make_jaxpr(run)(*variables, image)).count("remat") == 4
+    assert same_shapes(remat) == same_shapes(net)
+
+
+def same_shapes(net):
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), (33, 33)))
+    return jax.tree.map(jnp.shape, shapes)
+
+
+def test_init():
+    net = make(**TINY)
+    params, stats = net.init(jax.random.key(0), (33, 33))
+    assert sorted(params) == ["auxiliary", "backbone", "head"]
+    for keys, leaf in jax.tree_util.tree_leaves_with_path((params, stats)):
+        *_, layer, name = map(str, path_of(keys[1:]))
+        if name == "kernel":
+            fan_out = np.prod(leaf.shape[:2]) * leaf.shape[3]
+            std = 0.01 if layer == "classifier" else np.sqrt(2 / fan_out)
+            assert np.std(leaf) == pytest.approx(std, rel=4 / np.sqrt(2 * leaf.size))
+        else:
+            np.testing.assert_array_equal(leaf, name in ("scale", "var"))
+    other, _ = net.init(jax.random.key(1), (33, 33))
+    kernel = params["head"]["classifier"]["kernel"]
+    assert not np.allclose(kernel, other["head"]["classifier"]["kernel"])
+
+
+def test_load_refuses():
+    with pytest.raises(UserError, match=r"'deeplab'.*There are: deeplab_v3plus"):
+        models.load({"name": "deeplab"}, 19)
+    with pytest.raises(UserError, match=r"'layers'"):
+        models.load({"name": "layers"}, 19)
+    with pytest.raises(UserError, match=r"no field 'depth'. Its fields: align_corners"):
+        make(depth=50)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("backbone", "resnet51"),
+        ("stem", "wide"),
+        ("output_stride", 4),
+        ("dtype", "float16"),
+        ("dropout", 1.0),
+        ("stochastic_depth", 0.0),
+        ("stochastic_depth_schedule", "cosine"),
+        ("multi_grid", (2, 4)),
+    ],
+)
+def test_model_refuses(field, value):
+    with pytest.raises(UserError, match=rf"model\.{field} is .*; it must be"):
+        make(**{field: value})
+
+
+def test_float64_needs_x64():
+    with jax.enable_x64(False), pytest.raises(UserError, match="JAX_ENABLE_X64"):
+        make(dtype="float64")
+
+
+def test_network_is_hashable_and_one_file(tmp_path, monkeypatch):
+    assert hash(make(aspp_rates=[1, 2, 3])) == hash(make(aspp_rates=(1, 2, 3)))
+    (tmp_path / "mine.py").write_text("from jaxssl.models.deeplab_v3plus import Model")
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    assert models.load({"name": "mine"}, 3).num_classes == 3
+    assert models.available() == ("deeplab_v3plus", "mine")
+
+
+def test_axis_name_reaches_batch_norm(tiny, image):
+    _, variables, _ = tiny
+    net = models.load({"name": "deeplab_v3plus"} | SMALL, 5, axis_name="devices")
+    with pytest.raises(NameError, match="devices"):
+        jax.eval_shape(functools.partial(net.apply, batch_stats=True), *variables, image)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "parameters"),
+    # torchvision's counts less 513000 or 2049000 for the last layer
+    [
+        ("resnet18", 11176512),
+        ("resnet34", 21284672),
+        ("resnet50", 23508032),
+        ("resnet101", 42500160),
+    ],
+)
+def test_full_size(backbone, parameters):
+    net = make(backbone=backbone, stem="conv7", auxiliary=True)
+    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), (512, 1024)))
+    assert sum(x.size for x in jax.tree.leaves(variables.params["backbone"])) == parameters
+    image = jax.ShapeDtypeStruct((16, 512, 1024, 3), jnp.uint8)
+    outputs, _ = jax.eval_shape(functools.partial(net.apply, batch_stats=True), *variables, image)
+    assert outputs.logits.shape == (16, 128, 256, 19)
+    assert outputs.features.shape == (16, 128, 256, 256)
+    assert outputs.auxiliary.shape == (16, 32, 64, 19)
+
+
+RESNET18 = {"backbone": "resnet18", "width": 16, "channels": 32, "low_level_channels": 12}
+RESNET50 = {"backbone": "resnet50", "width": 16, "channels": 32, "low_level_channels": 12}
+U2PL = {
+    "output_stride": 8,
+    "multi_grid": [2, 2, 4],
+    "stem_width": 16,
+    "separable": False,
+    "aspp_rates": (12, 24, 36),
+    "align_corners": True,
+}
+
+
+@pytest.fixture(scope="module")
+def twins():
+    pytest.importorskip("torch")
+    import torch_twin
+
+    return torch_twin
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        (RESNET18 | {"stem": "conv7", "output_stride": 32, "separable": False}, (65, 97)),
+        (RESNET18 | {"output_stride": 16, "align_corners": True}, (49, 81)),
+        (RESNET18 | {"stem": "conv7", "output_stride": 8}, (64, 96)),
+        (RESNET50 | U2PL, (49, 81)),
+        (RESNET50 | {"stem": "conv7", "output_stride": 32, "align_corners": True}, (65, 97)),
+        ({"backbone": "resnet18", "stem": "conv7", "separable": False}, (33, 49)),
+        ({"backbone": "resnet50"}, (65, 97)),
+    ],
+)
+def test_logits_equal_pytorch(twins, fields, size):
+    import torch
+
+    net, variables, leaves = random_network({"num_classes": 19, **fields})
+    twin = twins.DeepLabV3Plus(num_classes=19, **fields)
+    twins.load(twin, leaves)
+    image = random_image((1, *size))
+    with torch.no_grad():
+        expected, _ = twin.eval()(torch.from_numpy(image))
+    logits = apply(net, batch_stats=False)(*variables, image)[0].logits
+    assert np.std(expected.numpy()) > 0.5
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def trained_twin(twins, tiny, image):
+    """The twin after a training step's forward and backward, and each BatchNorm's count."""
+    import torch
+
+    twin, counts = twins.DeepLabV3Plus(**TINY).train(), {}
+    twins.load(twin, tiny[2])
+    for name, module in twin.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(
+                lambda m, x, y, name=name: counts.update({name: x[0].numel() / x[0].shape[1]})
+            )
+    objective(*twin(torch.from_numpy(image))).backward()
+    return twin, counts
+
+
+@pytest.mark.torch
+def test_training_equals_pytorch(twins, tiny, trained, trained_twin):
+    _, stats, grads = trained
+    twin, counts = trained_twin
+    state = twin.state_dict() | {name: p.grad for name, p in twin.named_parameters()}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path((grads, stats)):
+        name, ours = twins.name_and_tensor(path_of(keys[1:]), leaf)
+        theirs = state[name].numpy()
+        if name.endswith("running_var"):
+            # PyTorch puts the variance times n / (n - 1) into its running variance.
+            n, old = counts[name.removesuffix(".running_var")], tiny[2][path_of(keys[1:])]
+            theirs = 0.9 * old + (theirs - 0.9 * old) * (n - 1) / n
+        scale = max(1e-2, np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, atol=2e-4 * scale, err_msg=name)
+
+
+@pytest.mark.torch
+def test_float64_equals_pytorch(twins, tiny, image):
+    import torch
+
+    twin = twins.DeepLabV3Plus(**TINY)
+    twins.load(twin, tiny[2])
+    with torch.no_grad():
+        expected, _ = twin.double().eval()(torch.from_numpy(image).double())
+    with jax.enable_x64(True):
+        params, stats = jax.tree.map(lambda x: np.asarray(x, np.float64), tiny[1])
+        net = make(**TINY, dtype="float64")
+        logits = apply(net, batch_stats=False)(params, stats, image)[0].logits
+        np.testing.assert_allclose(logits, expected, atol=1e-10)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("fields", [{}, U2PL | {"backbone": "resnet101", "auxiliary": True}])
+def test_parameter_counts_equal_pytorch(twins, fields):
+    import torch
+
+    with torch.device("meta"):
+        twin = twins.DeepLabV3Plus(num_classes=19, **fields)
+    net = make(**fields)
+    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), (65, 65)))
+    expected = sum(p.numel() for p in twin.parameters())
+    assert sum(x.size for x in jax.tree.leaves(variables.params)) == expected
+
+
+def convolved(x, kernel, stride, dilation, groups):
+    """Convolution from its definition, one output pixel at a time."""
+    (kh, kw, _, outputs), (b, h, w, inputs) = kernel.shape, x.shape
+    top, left = dilation * (kh // 2), dilation * (kw // 2)
+    padded = np.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
+    weights = kernel.reshape(kh, kw, inputs // groups, groups, outputs // groups)
+    result = np.zeros((b, -(-h // stride), -(-w // stride), outputs))
+    for i, j in np.ndindex(result.shape[1:3]):
+        y, x0 = i * stride, j * stride
+        window = padded[:, y : y + 2 * top + 1 : dilation, x0 : x0 + 2 * left + 1 : dilation]
+        window = window.reshape(b, kh, kw, groups, inputs // groups)
+        result[:, i, j] = np.einsum("bhwgi,hwigo->bgo", window, weights).reshape(b, outputs)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("form", "groups"), [("plain", 1), ("matmul", 1), ("plain", 6), ("shifted", 6), ("plain", 2)]
+)
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation"),
+    [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 5), (3, 2, 9)],
+)
+def test_convolution(form, groups, size, stride, dilation):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 7, 10, 6)).astype(np.float32)
+    kernel = rng.standard_normal((size, size, 6 // groups, 6)).astype(np.float32)
+    settings = {"stride": stride, "dilation": dilation, "groups": groups}
+    expected = convolved(x, kernel, *settings.values())
+    y = layers.convolution(jnp.asarray(x), jnp.asarray(kernel), **settings, form=form)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_convolution_refuses_a_form_that_cannot():
+    x, kernel = jnp.ones((1, 4, 4, 6)), jnp.ones((3, 3, 3, 6))
+    with pytest.raises(ValueError, match="depthwise"):
+        layers.convolution(x, kernel, groups=2, form="shifted")
+    with pytest.raises(ValueError, match="one group"):
+        layers.convolution(x, kernel, groups=2, form="matmul")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dilation", "groups", "cpu"),
+    [
+        ((3, 3, 1, 32), 1, 32, "shifted"),
+        ((1, 1, 64, 64), 1, 1, "matmul"),
+        ((3, 3, 2048, 256), 12, 1, "matmul"),
+        ((3, 3, 128, 32), 12, 1, "plain"),
+        ((3, 3, 512, 512), 2, 1, "plain"),
+        ((3, 3, 16, 32), 1, 2, "plain"),
+    ],
+)
+def test_fastest_form(monkeypatch, shape, dilation, groups, cpu):
+    for backend, form in (("cpu", cpu), ("gpu", "plain"), ("tpu", "plain")):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert layers.fastest_form(shape, dilation=dilation, groups=groups) == form
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("sizes", [(5, 17), (17, 5), (4, 16), (9, 9), (1, 7), (6, 1), (7, 4)])
+def test_resize_bilinear(sizes, align_corners):
+    old, new = sizes
+    x = np.random.default_rng(0).standard_normal((2, old, 3, 4)).astype(np.float32)
+    if align_corners:
+        at = np.arange(new) * (old - 1) / max(new - 1, 1)
+    else:
+        at = (np.arange(new) + 0.5) * old / new - 0.5
+    expected = np.apply_along_axis(lambda column: np.interp(at, np.arange(old), column), 1, x)
+    y = layers.resize_bilinear(jnp.asarray(x), (new, 3), align_corners=align_corners)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    turned = layers.resize_bilinear(
+        jnp.asarray(x.swapaxes(1, 2)), (3, new), align_corners=align_corners
+    )
+    np.testing.assert_allclose(turned, expected.swapaxes(1, 2), atol=1e-5)
+
+
+def normalized(x, mean, var, variables):
+    params = variables["params"]
+    return (x - mean) / np.sqrt(var + 1e-5) * np.asarray(params["scale"]) + params["bias"]
+
+
+@pytest.mark.parametrize("axis_name", [None, "devices"])
+def test_batch_norm(axis_name):
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (4, 5, 6, 3)).astype(np.float32)
+    scale, bias, mean, var = rng.uniform(0.5, 2, (4, 3)).astype(np.float32)
+    variables = {
+        "params": {"scale": scale, "bias": bias},
+        "batch_stats": {"mean": mean, "var": var},
+    }
+    y = layers.BatchNorm(batch_stats=False).apply(variables, x)
+    np.testing.assert_allclose(y, normalized(x, mean, var, variables), atol=1e-5)
+
+    norm = layers.BatchNorm(batch_stats=True, momentum=0.2, axis_name=axis_name)
+    run = functools.partial(norm.apply, mutable=["batch_stats"])
+    if axis_name is None:
+        y, updated = run(variables, x)
+    else:  # two devices with half of the batch each
+        split = jax.vmap(run, in_axes=(None, 0), out_axes=(0, None), axis_name=axis_name)
+        y, updated = split(variables, x.reshape(2, 2, *x.shape[1:]))
+    axes = (0, 1, 2)
+    expected = normalized(x, x.mean(axes), x.var(axes), variables)
+    np.testing.assert_allclose(np.reshape(y, x.shape), expected, atol=1e-5)
+    stats = updated["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.8 * mean + 0.2 * x.mean(axes), atol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.8 * var + 0.2 * x.var(axes), atol=1e-5)
+
+
+def test_dropout_takes_whole_channels():
+    x = jnp.ones((50, 3, 4, 40))
+    drop = layers.Dropout(0.25)
+    np.testing.assert_array_equal(drop.apply({}, x), x)
+    y = np.asarray(drop.apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    assert (y == y[:, :1, :1]).all()
+    np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
+    assert (y == 0).mean() == pytest.approx(0.25, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "grid", "strides", "dilations"),
+    [
+        (32, (1, 1, 1), [1, 2, 2, 2], [(1,), (1,), (1,), (1, 1, 1)]),
+        (16, (1, 2, 4), [1, 2, 2, 1], [(1,), (1,), (1,), (1, 4, 8)]),
+        (8, (1, 1, 1), [1, 2, 1, 1], [(1,), (1,), (1, 2), (2, 4, 4)]),
+        (8, (2, 2, 4), [1, 2, 1, 1], [(1,), (1,), (1, 2), (4, 8, 16)]),
+    ],
+)
+def test_plan(output_stride, grid, strides, dilations):
+    plan = list(resnet.plan((3, 4, 6, 3), output_stride, grid))
+    stages = [list(blocks) for _, blocks in itertools.groupby(plan, lambda b: b.stage)]
+    assert [blocks[0].stride for blocks in stages] == strides
+    assert all(b.stride == 1 for blocks in stages for b in blocks[1:])
+    for blocks, expected in zip(stages, dilations, strict=True):
+        full = expected + expected[-1:] * (len(blocks) - len(expected))
+        assert tuple(b.dilation for b in blocks) == full
+    assert [b.name for b in stages[3]] == ["layer4_0", "layer4_1", "layer4_2"]
+
+
+def test_survival_probabilities():
+    constant = [b.survival for b in resnet.plan((1, 1, 1, 1), survival=0.6)]
+    linear = [b.survival for b in resnet.plan((1, 1, 1, 1), survival=0.6, schedule="linear")]
+    np.testing.assert_allclose(constant, 0.6)
+    np.testing.assert_allclose(linear, [0.9, 0.8, 0.7, 0.6])
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_block_noise_and_identity(bottleneck):
+    make_block = functools.partial(
+        resnet.Block,
+        features=2 if bottleneck else 8,
+        norm=functools.partial(layers.BatchNorm, batch_stats=False),
+        bottleneck=bottleneck,
+    )
+    # So bright that no sum goes below zero: the block's branch is its output less its input.
+    x = 100 + jax.random.normal(jax.random.key(0), (200, 2, 3, 8))
+    variables = make_block().init(jax.random.key(1), x)
+    branch = make_block().apply(variables, x) - x
+    noisy = make_block(survival=0.7).apply(variables, x, rngs={"dropout": jax.random.key(2)})
+    kept = np.abs(noisy - x).max((1, 2, 3)) > 0
+    assert kept.mean() == pytest.approx(0.7, abs=0.1)
+    expected = np.where(kept[:, None, None, None], branch / 0.7, 0)
+    np.testing.assert_allclose(noisy - x, expected, atol=1e-3)
+
+    still = make_block(zero_init=True)
+    np.testing.assert_allclose(still.apply(still.init(jax.random.key(1), x), x), x)
