@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         if _CONFIG.value is None:
             raise UserError("--config is missing: --config=configs/mkd_cityscapes.py:streets, say.")
         if _WORKDIR.value is None:
-            raise UserError("--workdir is missing: the folder to write to, --workdir=/tmp/mkd, say.")
+            raise UserError("--workdir is missing: where to write to, --workdir=/tmp/mkd, say.")
         return phases.run(_CONFIG.value, _WORKDIR.value)
     except UserError as error:
         return _fail(str(error))

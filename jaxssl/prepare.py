@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -39,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         height, width = (int(side) for side in args.size.split(","))
-        splits: tuple[tuple[Literal["train", "val"], int], ...]
-        splits = (("train", args.train), ("val", args.val))
-        for split, count in splits:
+        for split, count in (("train", args.train), ("val", args.val)):
             source = streets.Streets(split, count, (height, width), args.seed)
             write_cityscapes(source, args.out, split)
             print(f"{split}: {count} images and labels in {args.out}")

@@ -35,13 +35,13 @@ class Linear:
     task: str = "segmentation"
 
     def init(self, key, size):
-        shapes = {"stem": (3, self.width), "kernel": (self.width, self.num_classes)}
-        drawn = {
-            n: jax.random.normal(jax.random.fold_in(key, len(n)), s) for n, s in shapes.items()
-        }
-        head = {"kernel": drawn["kernel"], "bias": jnp.zeros(self.num_classes)}
-        params = {"backbone": {"kernel": drawn["stem"]}, "head": head}
-        return Variables(params, {"mean": jnp.zeros(self.width)})
+        stem_key, head_key = jax.random.split(key)
+        stem = jax.random.normal(stem_key, (3, self.width))
+        kernel = jax.random.normal(head_key, (self.width, self.num_classes))
+        head = {"kernel": kernel, "bias": jnp.zeros(self.num_classes)}
+        return Variables(
+            {"backbone": {"kernel": stem}, "head": head}, {"mean": jnp.zeros(self.width)}
+        )
 
     def apply(self, params, stats, image, *, valid=None, batch_stats, key=None):
         x = image.astype(jnp.float32) / 255
@@ -79,6 +79,17 @@ def streams(plan, *, labels=None):
 def size_of(x):
     """Height and width of `[B,H,W,D]`."""
     return x.shape[1], x.shape[2]
+
+
+def output_shapes(net):
+    """What a network computes from an image; no width depends on the size of the image."""
+    size = (64, 64)
+
+    def run(key):
+        image = jnp.zeros((1, *size, 3), jnp.uint8)
+        return net.apply(*net.init(key, size), image, batch_stats=False)[0]
+
+    return jax.eval_shape(run, jax.random.key(0))
 
 
 def joined(batch, *names):
@@ -128,7 +139,8 @@ class U2PL(contracts.Method):
         )
 
     def init_extra(self, nets, params):
-        D, C = nets["a"].classifier(params["a"])[0].shape
+        outputs = output_shapes(nets["a"])
+        C, D = outputs.logits.shape[-1], outputs.embedding.shape[-1]
         start = jnp.zeros(C, jnp.int32)
         return {"bank": jnp.zeros((C, self.capacity, D)), "position": start, "fill": start.copy()}
 
@@ -151,8 +163,8 @@ class U2PL(contracts.Method):
         image, valid, labels = joined({**batch, "unlabeled": mixed}, "image", "valid", "label")
 
         seen, teacher_stats = net.apply(*teacher, image, valid=valid, batch_stats=own)
-        p = jax.nn.softmax(net.resize(seen.logits, size)[n:])
-        entropy = jnp.where(mixed["valid"], -(p * jnp.log(p)).sum(-1), jnp.nan)
+        entropy = jax.scipy.special.entr(jax.nn.softmax(net.resize(seen.logits, size)[n:])).sum(-1)
+        entropy = jnp.where(mixed["valid"], entropy, jnp.nan)
         alpha = self.unreliable * (1 - progress)
         reliable = entropy < jnp.nanpercentile(entropy, 100 - alpha)
         labels = labels.at[n:].set(jnp.where(reliable, labels[n:], IGNORE_LABEL))
@@ -234,8 +246,13 @@ class RML(contracts.Method):
         return tuple(phases)
 
     def init_extra(self, nets, params):
-        kernels = {name: nets[name].classifier(params[name])[0] for name in self.students}
-        return {"prototypes": {name: jnp.zeros_like(kernel.T) for name, kernel in kernels.items()}}
+        shapes = {name: output_shapes(nets[name]) for name in self.students}
+        return {
+            "prototypes": {
+                name: jnp.zeros((outputs.logits.shape[-1], outputs.features.shape[-1]))
+                for name, outputs in shapes.items()
+            }
+        }
 
     def ema_decay(self, phase, k):
         if phase.name == supervised.WARMUP:
@@ -915,7 +932,7 @@ def test_a_step_keeps_shapes_and_dtypes_of_the_state(name, index):
     assert {value.shape for pair in metrics.values() for value in pair} == {()}
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "mkd"])
+@pytest.mark.parametrize("name", ["u2pl", "rml", "dmt"])
 def test_a_step_moves_what_the_phase_trains_and_nothing_else(name):
     small, phase = SMALL[name], SMALL[name].phases[-1]
     state = jit(functools.partial(small.state, phase))()
@@ -976,7 +993,8 @@ def test_forward_passes(name, expected):
     small, phase = SMALL[name], SMALL[name].phases[-1]
     seen = collections.Counter()
 
-    def loss(state):
+    def loss():
+        state = small.state(phase)
         frozen = small.frozen(phase, state)
         owners = {id(state.network(n).params): n for n in small.method.students}
         owners |= {id(p): TEACHER + n for n, p in state.teacher_params.items()}
@@ -987,7 +1005,7 @@ def test_forward_passes(name, expected):
         progress = jnp.float32(0.5)
         return small.method.loss(nets, state.params, *rest, phase=phase, progress=progress)
 
-    jax.eval_shape(loss, small.state(phase))
+    jax.eval_shape(loss)
     assert seen == expected
 
 
@@ -1042,7 +1060,7 @@ def run_sweeps(phase, images, extra, *, batch=4):
         networks = {
             n: variables[w.network.removeprefix(TEACHER)] for n, w in sweep.networks.items()
         }
-        update = jit(functools.partial(sweep.update, NETS, networks))
+        update = functools.partial(jit(functools.partial(sweep.update, NETS)), networks)
         batches, mesh = in_order(images[sweep.source], batch), sharding.make_mesh(jax.devices()[:1])
         results[sweep.name] = fold(update, sweep.init(results), batches, mesh, sink=sink)
         extra = sweep.finish(results[sweep.name], extra)

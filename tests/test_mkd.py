@@ -321,7 +321,7 @@ def test_gradient_in_the_classifier(classifier_gradient, nets):
     start = np.float64(state.params["a"]["head"]["kernel"])
 
     def moved(step):
-        """The loss where student a's kernel has moved; in equation 3 only if that has a gradient."""
+        """Student a's kernel elsewhere; in equation 3, too, if that has a gradient."""
         params, stats = state.network("a")
         head = {**params["head"], "kernel": start + step * direction}
         there = state.with_network("a", contracts.Variables({**params, "head": head}, stats))

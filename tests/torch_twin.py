@@ -235,18 +235,31 @@ class DeepLabV3Plus(nn.Module):
         return logits, self.auxiliary(stages[2]).permute(0, 2, 3, 1)
 
 
+def count_normalized(twin):
+    """Fills the dictionary that it returns, as the twin runs: values per channel, by BatchNorm."""
+    counts = {}
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(
+                lambda _, inputs, __, name=name: counts.update(
+                    {name: inputs[0].numel() / inputs[0].shape[1]}
+                )
+            )
+    return counts
+
+
 def write_golden():
-    """Stores what the twin computes; `test_models` draws the same inputs."""
-    import test_models as tests  # it needs no PyTorch, and must not import this file at its top
+    """Stores what the twin computes in float64; `test_models` makes the same inputs."""
+    import test_models as tests
 
     _, _, leaves = tests.random_network(tests.TINY)
-    twin = DeepLabV3Plus(**tests.TINY)
+    twin = DeepLabV3Plus(**tests.TINY).double()
     load(twin, leaves)
-    image = torch.from_numpy(tests.random_image((2, 49, 81)))
+    image = torch.from_numpy(tests.random_image((2, 49, 81))).double()
     with torch.no_grad():
-        evaluated = twin.eval()(image)[0]
-        trained, auxiliary = twin.train()(image)
-    np.savez_compressed(tests.GOLDEN, evaluated=evaluated, trained=trained, auxiliary=auxiliary)
+        evaluated, _ = twin.eval()(image)
+        logits, auxiliary = twin.train()(image)
+    np.savez_compressed(tests.GOLDEN, evaluated=evaluated, logits=logits, auxiliary=auxiliary)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,18 @@ import functools
 import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from jaxssl.contracts import Record, UserError
+from jaxssl.contracts import Record, Source, UserError
 from jaxssl.data import streets_scene as scene
 from jaxssl.data.cityscapes import INFO
+from jaxssl.data.loading import Subset
 from jaxssl.data.streets_scene import FAR, NEAR, TOWARD, Camera, Canvas, Color, Dice, Light, Thing
 
 RENDERER_VERSION = 1
@@ -26,6 +27,15 @@ RENDERER_VERSION = 1
 _SPLITS = {"train": ("streets", 0), "val": ("streetsval", 1_000_000)}
 """City in the ids, and index of the first scene; so many scenes fit before the next split's."""
 _MOST = 1_000_000
+
+
+def load(
+    config_data: Mapping[str, Any], split: str, labels: bool, ids: Iterable[str] | None = None
+) -> Source:
+    """Opens the scenes that `train_count`, `val_count` and `size` ask for; see `Streets`."""
+    count = config_data.get(f"{split}_count", 0)  # an unknown split gets its message below
+    source = Streets(split, count, tuple(config_data["size"]), labels=labels)
+    return source if ids is None else Subset(source, ids)
 
 
 class Streets:
@@ -51,7 +61,7 @@ class Streets:
 
     def __init__(
         self,
-        split: Literal["train", "val"],
+        split: str,
         count: int,
         size: tuple[int, int] = (64, 128),
         seed: int = 0,

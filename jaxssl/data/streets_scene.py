@@ -215,8 +215,7 @@ class Canvas:
     ) -> None:
         """Fills a polygon; its first point decides how hazy it is."""
         points = tuple(points)
-        corners = [value for point in points for value in self._place(point)]
-        self._fill(corners, color, label, normal, points[0][2], opacity)
+        self._fill(self._project(points), color, label, normal, points[0][2], opacity)
 
     def disc(
         self,
@@ -230,7 +229,7 @@ class Canvas:
         squash: float = 1.0,
     ) -> None:
         """Fills a circle, or another ring, that faces the camera."""
-        u, v = self._place(center)
+        u, v = self._project((center,))
         wide = radius * self._focal / center[2]
         high = wide * squash
         corners = [value for a, b in ring for value in (u + wide * a, v - high * b)]
@@ -246,7 +245,7 @@ class Canvas:
         normal: Point | None = TOWARD,
     ) -> None:
         """Draws a bar, at least about one pixel of the final picture wide."""
-        ends = (*self._place(start), *self._place(end))
+        ends = self._project((start, end))
         pixels = round(max(width * self._focal / max(start[2], 0.6), 1.1 * self._oversampling))
         self._opaque.line(ends, self.light.on(color, normal, start[2]), pixels)
         if label is not None:
@@ -276,14 +275,17 @@ class Canvas:
         away = (x0 + self.camera.bend * z0 * z0) * nx + (y0 - self.camera.height) * ny + z0 * nz
         return None if away / norm >= 0 else (nx / norm, ny / norm, nz / norm)
 
-    def _place(self, point: Point) -> tuple[float, float]:
-        """Column and row on the canvas."""
-        x, y, z = point
-        z = max(z, 0.6)
-        scale = self._focal / z
-        u = self._middle + x * scale + self.camera.bend * self._focal * z
-        v = self.camera.horizon * self._height + (self.camera.height - y) * scale
-        return u, v + self.camera.roll * (u - self._width / 2)
+    def _project(self, points: Iterable[Point]) -> list[float]:
+        """Column and row of every point on the canvas, in one list."""
+        camera, focal, middle = self.camera, self._focal, self._middle
+        bend, top = camera.bend * focal, camera.horizon * self._height
+        corners = []
+        for x, y, z in points:
+            z = max(z, 0.6)
+            u = middle + x * focal / z + bend * z
+            v = top + (camera.height - y) * focal / z + camera.roll * (u - self._width / 2)
+            corners += (u, v)
+        return corners
 
     def _fill(
         self,
@@ -336,7 +338,8 @@ class Face(NamedTuple):
 
     def patch(self, a0: float, a1: float, y0: float, y1: float) -> tuple[Point, ...]:
         """Corners of a part."""
-        return self.at(a0, y0), self.at(a1, y0), self.at(a1, y1), self.at(a0, y1)
+        (xa, _, za), (xb, _, zb) = self.at(a0, y0), self.at(a1, y0)
+        return (xa, y0, za), (xb, y0, zb), (xb, y1, zb), (xa, y1, za)
 
     def band(self, y0: float, y1: float) -> tuple[Point, ...]:
         """Corners of a part of full length."""
