@@ -136,7 +136,7 @@ def use_streets(config: Config, split: str | None) -> None:
         config.data.update(
             name="streets",
             root="",
-            split=split or "16",
+            split=split or "12",
             size=(64, 128),
             train_count=400,
             val_count=100,

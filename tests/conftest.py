@@ -106,7 +106,9 @@ def forward(variables, image, valid, batch_stats=True):
 
 def nearest(x, size):
     """Resizes `[B,h,w,...]` by repeating or dropping pixels."""
-    rows, columns = (np.arange(new) * old // new for old, new in zip(x.shape[1:3], size, strict=True))
+    rows, columns = (
+        np.arange(new) * old // new for old, new in zip(x.shape[1:3], size, strict=True)
+    )
     return x[:, rows][:, :, columns]
 
 
@@ -208,12 +210,9 @@ def make_state(method, nets, *, optimizer=None, size=(16, 24)):
     """The state a run of the method starts with; every student differs."""
     optimizer = optimizer or optim.make_optimizer(OPTIMIZER)
     variables = {
-        name: jax.jit(net.init, static_argnums=1)(jax.random.key(i), size)
-        for i, (name, net) in enumerate(nets.items())
+        name: net.init(jax.random.key(i), size) for i, (name, net) in enumerate(nets.items())
     }
-    return jax.jit(lambda variables: create(method, nets, optimizer, method.students, variables))(
-        variables
-    )
+    return create(method, nets, optimizer, method.students, variables)
 
 
 @pytest.fixture

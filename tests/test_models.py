@@ -61,9 +61,8 @@ def random_image(shape, seed=1):
 
 
 def jit(function):
-    """Compiles eight times as fast as `jax.jit`: here compiling takes the time, not running."""
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return jax.jit(function, compiler_options=quick)
+    """Compiles without optimization: here compiling takes the time, not running."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def apply(net, **settings):
@@ -322,7 +321,6 @@ def twins():
         (RESNET18 | {"stem": "conv7", "output_stride": 8}, (64, 96)),
         (RESNET50 | U2PL, (49, 81)),
         (RESNET50 | {"stem": "conv7", "output_stride": 32, "align_corners": True}, (65, 97)),
-        ({"backbone": "resnet18", "stem": "conv7", "separable": False}, (33, 49)),
         ({"backbone": "resnet50"}, (65, 97)),
     ],
 )

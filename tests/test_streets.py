@@ -15,9 +15,9 @@ SIZE = (64, 128)
 # exactly, since versions of Pillow differ in how they interpolate. Pictures that change on purpose
 # need a new RENDERER_VERSION together with these.
 SCENES = (
-    ("9c0724a7dd84fa9a14c14967d77b30b2194b35834f32f7dad4421f8342f9c41c", (88.6, 92.0, 84.2)),
-    ("0846aa28a6932df53ff0f890f30aba79c93fd284c5bd0dac5a95aa2e2aa44488", (85.8, 97.4, 82.9)),
-    ("ffc5a0d7c6eab26f2a3cc809426c68ceb1f63862b5efc4a2330cfa3ea0df24f6", (87.8, 98.1, 84.7)),
+    ("3782144ea3e84bdedc7ceeadf138bd664f1a863835207174b989fb68d0495820", (87.2, 92.3, 75.9)),
+    ("fe74a150d145b0cf4e9489a07a5ec3a9bb5a364caf19cbdda811786ed04c1dc8", (83.0, 77.7, 87.6)),
+    ("d1d2b4223a3f50da0ba12d364ae0e20ea703c79f4af7b39c29dead7ed9c32716", (99.4, 98.5, 81.5)),
 )
 
 
@@ -52,7 +52,7 @@ def count_renders(monkeypatch):
 def test_scenes_stay_as_they_are(index):
     image, label = render(0, index, SIZE)
     digest, mean = SCENES[index]
-    assert streets.RENDERER_VERSION == 1
+    assert streets.RENDERER_VERSION == 3
     assert hashlib.sha256(label.tobytes()).hexdigest() == digest
     np.testing.assert_allclose(image.mean((0, 1)), mean, atol=0.5)
 
@@ -86,13 +86,14 @@ def test_every_size_shows_the_same_scene(scale, index):
     assert np.corrcoef(blocks.ravel(), image.ravel())[0, 1] > 0.95
 
 
-def test_classes_are_as_common_as_in_cityscapes(labels):
+def test_large_classes_are_about_as_common_as_in_cityscapes(labels):
     # Pixel shares and shares of images; Cityscapes' training set has road .37, building .23,
-    # vegetation .16, car .07, sidewalk .06, sky .04.
+    # vegetation .16, car .07, sidewalk .06, sky .04. Trucks, trams and two-wheelers are more common
+    # and nearer here than there, so that a small network has a chance to learn them.
     shares = np.bincount(labels.ravel(), minlength=256) / labels.size
     expected = {
-        "road": (0.3, 0.4), "building": (0.18, 0.28), "vegetation": (0.11, 0.2),
-        "sky": (0.04, 0.1), "car": (0.05, 0.1), "sidewalk": (0.04, 0.08),
+        "road": (0.26, 0.4), "building": (0.18, 0.28), "vegetation": (0.11, 0.2),
+        "sky": (0.04, 0.1), "car": (0.05, 0.12), "sidewalk": (0.04, 0.08),
     }  # fmt: skip
     for name, (low, high) in expected.items():
         assert low < shares[INFO.classes.index(name)] < high, name
@@ -103,9 +104,9 @@ def test_rare_classes_are_in_few_images_and_most_images_have_many_classes(labels
     present = (labels[..., None] == np.arange(INFO.num_classes)).sum((1, 2)) >= 4
     images = dict(zip(INFO.classes, present.mean(0), strict=True))
     assert all(0.02 < share <= 1 for share in images.values()), images
-    for name in ("wall", "truck", "bus", "train", "motorcycle", "rider"):
-        assert images[name] < 0.22, name
-    assert np.mean((present.sum(1) >= 8) & (present.sum(1) <= 13)) > 0.8
+    for name in ("wall", "truck", "bus", "train", "motorcycle"):
+        assert images[name] < 0.35, name
+    assert np.mean((present.sum(1) >= 8) & (present.sum(1) <= 15)) > 0.8
 
 
 def test_a_rectangle_lies_where_a_pinhole_camera_sees_it():

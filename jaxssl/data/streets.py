@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from jaxssl.data.cityscapes import INFO
 from jaxssl.data.loading import Subset
 from jaxssl.data.streets_scene import FAR, NEAR, TOWARD, Camera, Canvas, Color, Dice, Light, Thing
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 3
 """Part of the cache's path: increase it whenever a scene would look different."""
 
 _SPLITS = {"train": ("streets", 0), "val": ("streetsval", 1_000_000)}
@@ -34,8 +35,14 @@ def load(
 ) -> Source:
     """Opens the scenes that `train_count`, `val_count` and `size` ask for; see `Streets`."""
     count = config_data.get(f"{split}_count", 0)  # an unknown split gets its message below
-    source = Streets(split, count, tuple(config_data["size"]), labels=labels)
+    height, width = config_data["size"]
+    source = Streets(split, count, (height, width), labels=labels, progress=_announce)
     return source if ids is None else Subset(source, ids)
+
+
+def _announce(done: int, total: int) -> None:
+    if done == 1:
+        print(f"Rendering {total} street scenes into the cache, once.", file=sys.stderr, flush=True)
 
 
 class Streets:
@@ -310,7 +317,7 @@ def _plan_street(dice: Dice) -> Street:
     lanes += [(offset - (i + 1) * width, -1) for i in range(oncoming)]
     left = _plan_side(dice, district, -1, offset - (oncoming + 0.5) * width)
     right = _plan_side(dice, district, 1, offset + (ahead - 0.5) * width)
-    tram, corner = dice.chance(0.1), dice.between(9, 45)
+    tram, corner = dice.chance(0.25), dice.between(9, 45)
     tracks = tuple(x for x, _ in lanes[:1] + lanes[ahead : ahead + 1])
     return Street(
         district=district,
@@ -452,7 +459,7 @@ def _draw_sidewalk(canvas: Canvas, side: Side, paving: Color, grass: Color) -> N
     """Draws the slabs of a sidewalk, and the verge."""
     width, verge = (side.curb, side.front), (side.curb, side.out(side.verge))
     scene.draw_strip(canvas, width, (NEAR, FAR), paving, "sidewalk")
-    for z in range(2, 28):
+    for z in range(2, 20):
         scene.draw_strip(canvas, width, (z, z + 0.06), _mix(paving, (0, 0, 0), 0.16))
     if side.verge:
         scene.draw_strip(canvas, verge, (NEAR, FAR), grass, "terrain")
@@ -461,27 +468,22 @@ def _draw_sidewalk(canvas: Canvas, side: Side, paving: Color, grass: Color) -> N
 def _draw_wear(canvas: Canvas, dice: Dice, street: Street) -> None:
     """Draws tracks, patches and manholes on the road."""
     road, (left, right) = street.made_of.road, street.sides
-    strength, dark = dice.between(0.05, 0.3), _mix(road, (0, 0, 0), 0.3)
-    for x, track in itertools.product((x for x, _ in street.lanes), (-0.75, 0.75)):
-        wheels = (x + track - 0.25, x + track + 0.25)
-        scene.draw_strip(canvas, wheels, (NEAR, 48), dark, opacity=strength)
+    track, hole = _mix(road, (0, 0, 0), dice.between(0.02, 0.1)), _mix(road, (0, 0, 0), 0.3)
+    for (x, _), wheel in itertools.product(street.lanes, (-0.75, 0.75)):
+        scene.draw_strip(canvas, (x + wheel - 0.25, x + wheel + 0.25), (NEAR, 48), track)
     for _ in range(int(dice.between(0, 7))):
-        x, z, reach = (
-            dice.between(left.curb, right.curb - 2),
-            dice.between(3, 30),
-            dice.between(0.4, 2),
-        )
-        patch = dice.vary(road, 0.3)
-        scene.draw_strip(canvas, (x, x + reach), (z, z + 2 * reach), patch, opacity=0.6)
+        x, z = dice.between(left.curb, right.curb - 2), dice.between(3, 30)
+        reach, patch = dice.between(0.4, 2), dice.vary(road, 0.18)
+        scene.draw_strip(canvas, (x, x + reach), (z, z + 2 * reach), patch)
     for _ in range(int(dice.between(0, 3))):
         x, z = dice.between(left.curb + 0.5, right.curb - 0.5), dice.between(4, 25)
-        canvas.polygon(((x + 0.35 * a, 0.0, z + 0.35 * b) for a, b in scene.CIRCLE), dark)
+        canvas.polygon(((x + 0.35 * a, 0.0, z + 0.35 * b) for a, b in scene.CIRCLE), hole)
 
 
 def _draw_markings(canvas: Canvas, dice: Dice, street: Street) -> None:
-    paint, opacity = dice.vary((222, 222, 214), 0.12), dice.between(0.35, 1)
-    draw = partial(scene.draw_strip, canvas, color=paint, opacity=opacity)
-    dash, gap = dice.between(2, 4), 0.0 if dice.chance(0.3) else dice.between(3, 7)
+    fresh, worn = dice.vary((222, 222, 214), 0.12), dice.between(0, 0.65)
+    draw = partial(scene.draw_strip, canvas, color=_mix(fresh, street.made_of.road, worn))
+    dash, gap = FAR if dice.chance(0.3) else dice.between(2, 4), dice.between(3, 7)
     centers = sorted(x for x, _ in street.lanes)
     for a, b in itertools.pairwise(centers):
         z, middle = NEAR, (a + b) / 2
@@ -502,10 +504,9 @@ def _draw_tracks(canvas: Canvas, dice: Dice, street: Street) -> None:
     """Draws a cycle path and rails, which are road."""
     side = street.sides[1]
     if dice.chance(0.15):
-        path = (
-            (side.out(-3.6), side.out(-2.2)) if side.parking else (side.out(-1.6), side.out(-0.2))
-        )
-        scene.draw_strip(canvas, path, (NEAR, 60), (168, 76, 66), opacity=0.55)
+        edge = side.out(-2.2 if side.parking else -0.2)
+        red = _mix(street.made_of.road, (168, 76, 66), 0.55)
+        scene.draw_strip(canvas, (edge - 1.4, edge), (NEAR, 60), red)
     for x, rail in itertools.product(street.rails, (-0.72, 0.72)):
         scene.draw_strip(canvas, (x + rail - 0.06, x + rail + 0.06), (NEAR, FAR), (66, 66, 70))
 
@@ -654,11 +655,11 @@ def _parked_cars(dice: Dice, street: Street, side: Side) -> Iterator[Thing]:
 
 def _traffic(dice: Dice, street: Street) -> Iterator[Thing]:
     """Yields what moves on the lanes, and sometimes a car that crosses."""
-    chances = ((scene.draw_truck, 0.09), (scene.draw_bus, 0.11))
+    chances = ((scene.draw_truck, 0.3), (scene.draw_bus, 0.3))
     rare = [draw for draw, chance in chances if dice.chance(chance)]
     rare += [scene.draw_train] * street.tram
     for x, direction in street.lanes:
-        z = dice.between(11, 38)
+        z = dice.between(7, 24)
         while z < 75:
             draw = rare.pop() if rare and dice.chance(0.6) else scene.draw_car
             room = {scene.draw_car: 2.5, scene.draw_train: 16.0}.get(draw, 6.0)
@@ -675,7 +676,7 @@ def _people(dice: Dice, street: Street) -> Iterator[Thing]:
     for _ in range(int(dice.between(0, 2 * street.district.crowd + 1))):
         side = dice.pick(street.sides)
         x = side.out(dice.between(0.5, side.verge + side.walk - 0.4))
-        z = 4.5 + 30 * dice.between(0, 1) * dice.between(0, 1)
+        z = 4 + 20 * dice.between(0, 1) * dice.between(0, 1)
         yield Thing(z, partial(scene.draw_person, x=x, z=z))
     if street.crossing and dice.chance(0.3):
         for _ in range(dice.pick((1, 2, 3))):
@@ -687,17 +688,17 @@ _HEADINGS = ((0.0, 1.0), (0.0, -1.0), (0.6, 0.8), (-0.6, -0.8), (1.0, 0.0), (-1.
 
 
 def _riders(dice: Dice, street: Street) -> Iterator[Thing]:
-    for chance, motor in ((0.11, False), (0.06, True)):
+    for chance, motor in ((0.4, False), (0.25, True)):
         if dice.chance(chance):
-            side, z, ahead = dice.pick(street.sides), dice.between(6, 20), dice.pick(_HEADINGS)
+            side, z, ahead = dice.pick(street.sides), dice.between(5, 13), dice.pick(_HEADINGS)
             x = side.out(-3.0 if side.parking else -dice.between(0.8, 1.6))
             yield Thing(z, partial(scene.draw_rider, x=x, z=z, ahead=ahead, motor=motor))
 
 
 def _parked_cycles(dice: Dice, street: Street) -> Iterator[Thing]:
-    for chance, draw, most in ((0.36, scene.draw_bicycle, 7), (0.08, scene.draw_motorcycle, 3)):
+    for chance, draw, most in ((0.5, scene.draw_bicycle, 7), (0.25, scene.draw_motorcycle, 3)):
         if dice.chance(chance):
-            side, z, ahead = dice.pick(street.sides), dice.between(5, 18), dice.pick(_HEADINGS)
+            side, z, ahead = dice.pick(street.sides), dice.between(4.5, 11), dice.pick(_HEADINGS)
             x = side.front - side.sign * dice.between(0.5, side.walk - 0.4)
             for _ in range(int(dice.between(1, most + 1))):
                 yield Thing(z, partial(draw, x=x, z=z, ahead=ahead))

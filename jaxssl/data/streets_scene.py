@@ -782,7 +782,7 @@ def _draw_clump(
     """Draws leaves within an ellipse, dark below and bright above, fewer far away."""
     x, y, z = center
     leaf, clump = dice.vary(plants.leaf, 0.12), dice.pick(plants.clumps)
-    count = 22 if z < 14 else 12 if z < 28 else 6 if z < 55 else 3
+    count = 22 if z < 12 else 11 if z < 24 else 5 if z < 45 else 3
     core = Tuft(0.6, 0.0, -0.06, 0.84, clump[0].ring)
     for tuft in (core, *sorted(clump[:count])):
         middle = (x + tuft.a * width / 2, y + tuft.b * height / 2, z)
@@ -967,7 +967,7 @@ def _draw_windows(
     canvas: Canvas, dice: Dice, style: Facade, face: Face, floors: Iterable[int]
 ) -> None:
     """Draws rows of windows: framed when near, wider and fewer far away."""
-    near, pitch = face.z0 < 25, style.pitch if face.z0 < 55 else 3 * style.pitch
+    near, pitch = face.z0 < 20, style.pitch if face.z0 < 50 else 3 * style.pitch
     pitch = face.length / max(1, int(face.length / pitch))
     width, height = style.pane[0] * pitch, style.pane[1] * style.storey
     glass = dice.vary((70, 80, 92), 0.3)
