@@ -192,7 +192,7 @@ class Stream:
       name: "labeled" or "unlabeled": which images.
       batch: images in the global batch.
       labels: "truth"; None, and no label file is opened; or the name of the labeling sweep whose
-        result to read.
+        result to read. Images without a label then are left out.
       part: the share of the images to use, as (begin, end) of their seeded order: difference
         maximized sampling.
       augment: settings of the host's augmentation that this stream changes, such as `{"scale":
@@ -227,8 +227,10 @@ class Sweep(Protocol):
         """The networks that `update` sees, by the name it uses for them."""
         ...
 
-    def init(self, results: Mapping[str, Any]) -> Any:
-        """The carry to start from, given the final carries of the phase's earlier sweeps."""
+    def init(self, results: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+        """The carry to start from, given the final carries of the phase's earlier sweeps and the
+        method's `extra`. Counts over a data set overflow int32.
+        """
         ...
 
     def update(
@@ -318,7 +320,7 @@ class Aux(NamedTuple):
     """What `Method.loss` returns beside the loss.
 
     Attributes:
-      stats: new running statistics, by student.
+      stats: new running statistics, by student; the others keep theirs.
       teacher_stats: new running statistics, by teacher; used where `Method.teacher_stats` is "own".
       extra: the method's own arrays for the next step.
       metrics: what to log.

@@ -89,6 +89,8 @@ def build(
         steps=config.steps,
         epochs=config.epochs,
         warmup=config.warmup,
+        crop=tuple(config.crop),
+        seed=config.seed,
     )
     main_process = jax.process_index() == 0
     open_workdir(workdir, config, split, main_process=main_process)
@@ -185,11 +187,12 @@ def enter(run: Run, index: int, state: TrainState) -> TrainState:
     phase = run.phases[index]
     for name, weights in phase.start.items():
         state = state.with_network(name, read_weights(run, weights))
-    for name in phase.reinitialize:
+    if phase.reinitialize:
         key = jax.random.fold_in(jax.random.key(run.config.seed), run.begin(index))
         everywhere = sharding.replicated(run.mesh)
-        drawn = draw({name: run.nets[name]}, key, tuple(run.config.crop), everywhere)
-        state = state.with_network(name, drawn[name])
+        drawn = draw(run.nets, key, tuple(run.config.crop), everywhere)
+        for name in phase.reinitialize:
+            state = state.with_network(name, drawn[name])
     extra = sweep_all(run, index, state)
 
     def start(state: TrainState, extra: Mapping[str, Any]) -> TrainState:
@@ -209,14 +212,15 @@ def sweep_all(run: Run, index: int, state: TrainState) -> Mapping[str, Any]:
     extra, results = state.extra, {}
     for sweep in run.phases[index].sweeps:
         networks = {name: read_weights(run, weights) for name, weights in sweep.networks.items()}
-        update = jax.jit(functools.partial(sweep.update, run.nets, networks))
+        # As an argument: what a jitted function closes over becomes constants of its program.
+        update = functools.partial(jax.jit(functools.partial(sweep.update, run.nets)), networks)
         batches = pipeline.in_order(
             run.sources[sweep.source],
             run.config.eval.batch,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        results[sweep.name] = fold(update, sweep.init(results), batches, run.mesh)
+        results[sweep.name] = fold(update, sweep.init(results, extra), batches, run.mesh)
         extra = sweep.finish(results[sweep.name], extra)
     return extra
 

@@ -148,15 +148,15 @@ def _updated(
         params[name] = jax.tree.map(
             lambda p, d: p - rate.astype(p.dtype) * d, params[name], direction
         )
-    decay = method.ema_decay(phase, done)
+    decay, stats = method.ema_decay(phase, done), {**state.stats, **aux.stats}
     teacher_stats = {
-        "ema": lambda name: ema(state.teacher_stats[name], aux.stats[name], decay),
-        "copy": lambda name: aux.stats[name],
+        "ema": lambda name: ema(state.teacher_stats[name], stats[name], decay),
+        "copy": lambda name: stats[name],
         "own": lambda name: aux.teacher_stats[name],
     }[method.teacher_stats]
     return state.replace(
         params=params,
-        stats=dict(aux.stats),
+        stats=stats,
         opt_state=opt_state,
         teacher_params={
             name: ema(state.teacher_params[name], params[name], decay) for name in method.teachers
@@ -185,7 +185,7 @@ def _accumulated(gradient: Callable[..., Any], accumulate: int) -> Callable[...,
             state, total = carry
             (loss, aux), grads = gradient(trained, state, frozen, *inputs, progress)
             state = state.replace(
-                stats=dict(aux.stats),
+                stats={**state.stats, **aux.stats},
                 teacher_stats=dict(aux.teacher_stats),
                 extra=dict(aux.extra),
             )

@@ -331,8 +331,11 @@ class Prototypes:
     networks: Mapping[str, Weights]
     after: str = ""
 
-    def init(self, results):
-        return results.get(self.after)
+    def init(self, results, extra):
+        empty = {
+            n: (jnp.zeros_like(x), jnp.zeros((len(x), 1))) for n, x in extra["prototypes"].items()
+        }
+        return results.get(self.after, empty)
 
     def update(self, nets, networks, carry, batch):
         sums = {}
@@ -341,8 +344,8 @@ class Prototypes:
             real = batch["index"][:, None, None] >= 0
             labels = jnp.where(real, outputs.logits.argmax(-1), IGNORE_LABEL)
             means, present = class_means(outputs.features, labels, outputs.logits.shape[-1])
-            sums[name] = means.sum(0), present.sum(0)[:, None]
-        return sums if carry is None else jax.tree.map(jnp.add, carry, sums), {}
+            sums[name] = means.sum(0), present.sum(0, dtype=jnp.float32)[:, None]
+        return jax.tree.map(jnp.add, carry, sums), {}
 
     def finish(self, carry, extra):
         means = {name: total / jnp.maximum(count, 1) for name, (total, count) in carry.items()}
@@ -403,8 +406,7 @@ class DMT(contracts.Method):
         (name,) = phase.train
         net, labeled = nets[name], batch["labeled"]
         if "unlabeled" not in batch:
-            loss, aux = supervised.warmup_loss(self, {name: net}, params, state, labeled, key)
-            return loss, aux._replace(stats={**state.stats, **aux.stats})
+            return supervised.warmup_loss(self, {name: net}, params, state, labeled, key)
         image, valid, labels = joined(batch, "image", "valid", "label")
         outputs, stats = net.apply(
             params[name], state.stats[name], image, valid=valid, batch_stats=True, key=key
@@ -413,7 +415,7 @@ class DMT(contracts.Method):
         weights = weigh(logits, batch, self.gamma)
         loss = losses.cross_entropy(logits, labels, weights=weights)
         metrics = {"weight": (weights.mean(), jnp.ones(()))}
-        return loss, Aux({**state.stats, name: stats}, {}, state.extra, metrics)
+        return loss, Aux({name: stats}, {}, state.extra, metrics)
 
 
 def weigh(logits, batch, gamma):
@@ -565,7 +567,7 @@ class Prior:
     name: str = "prior"
     source: str = "labeled"
 
-    def init(self, results):
+    def init(self, results, extra):
         return jnp.zeros(self.num_classes, jnp.int32)
 
     def update(self, nets, networks, carry, batch):
@@ -586,7 +588,7 @@ class Count:
     name: str = "count"
     source: str = "unlabeled"
 
-    def init(self, results):
+    def init(self, results, extra):
         return jnp.zeros((self.num_classes, BINS), jnp.int32)
 
     def update(self, nets, networks, carry, batch):
@@ -608,7 +610,7 @@ class Keep:
     name: str = "label"
     source: str = "unlabeled"
 
-    def init(self, results):
+    def init(self, results, extra):
         counts = results["count"]
         if not self.per_class:
             counts = jnp.broadcast_to(counts.sum(0, keepdims=True), counts.shape)
@@ -634,7 +636,7 @@ class Align:
     name: str = "label"
     source: str = "unlabeled"
 
-    def init(self, results):
+    def init(self, results, extra):
         prior, counts = results["prior"], results["count"]
         wanted = self.ratio * counts.sum() * prior / prior.sum()
         lowest, available = threshold(counts, wanted)
@@ -1063,7 +1065,7 @@ def run_sweeps(phase, images, extra, *, batch=4):
         }
         update = functools.partial(jit(functools.partial(sweep.update, NETS)), networks)
         batches, mesh = in_order(images[sweep.source], batch), sharding.make_mesh(jax.devices()[:1])
-        results[sweep.name] = fold(update, sweep.init(results), batches, mesh, sink=sink)
+        results[sweep.name] = fold(update, sweep.init(results, extra), batches, mesh, sink=sink)
         extra = sweep.finish(results[sweep.name], extra)
         stored[sweep.name] = {name: np.stack(values) for name, values in rows.items()}
     return stored, extra
@@ -1137,7 +1139,7 @@ def test_sweeps_of_dars_label_by_windows_as_the_ground_truth_is_distributed(imag
 
 def test_sweeps_of_rml_fill_the_prototypes_of_both_teachers(images):
     phase = SMALL["rml"].phases[1]
-    _, extra = run_sweeps(phase, images, {"prototypes": {}})
+    _, extra = run_sweeps(phase, images, RML().init_extra(NETS, {}))
     for name, width in (("a", 4), ("b", 6)):
         means = collections.defaultdict(list)
         for image in np.concatenate([images["labeled"], images["unlabeled"]]):

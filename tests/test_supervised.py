@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import (
+    OPTIMIZER,
+    Linear,
+    cross_entropy,
+    forward,
+    make_state,
+    mean_iou,
+    nearest,
+    plan,
+    random_batch,
+    shapes,
+)
+
+from jaxssl import methods, models, optim, views
+from jaxssl.contracts import Outputs, UserError
+from jaxssl.methods import supervised
+from jaxssl.step import Clock, make_predict_step, make_train_step
+
+SIZE = (16, 24)
+
+
+def run(method, nets, batch, phase=-1):
+    state = make_state(method, nets)
+    phase = method.phases(plan(warmup=1))[phase]
+    key = jax.random.key(0)
+    return state, *method.loss(
+        nets, state.params, state, {}, batch, key, phase=phase, progress=jnp.zeros(())
+    )
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_loss_is_cross_entropy(strong, auxiliary, monkeypatch):
+    monkeypatch.setattr(views, "strong", lambda key, image: 255.0 - image)
+    batch, nets = random_batch(), {"a": Linear(auxiliary=auxiliary)}
+    method = supervised.Method(strong=strong, auxiliary_weight=0.3)
+    state, loss, aux = run(method, nets, batch)
+
+    labeled = batch["labeled"]
+    image = 255.0 - labeled["image"] if strong else labeled["image"]
+    logits, _, stats = forward(state.network("a"), image, labeled["valid"])
+    logits = nearest(logits, SIZE)
+    expected = cross_entropy(logits, labeled["label"])
+    if auxiliary:
+        expected += 0.3 * cross_entropy(2 * logits, labeled["label"])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(aux.metrics["loss_supervised"][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(aux.stats["a"]["mean"], stats["mean"], rtol=1e-5)
+
+
+def test_classification_labels_meet_logits_as_they_are():
+    logits, labels = np.random.default_rng(0).normal(size=(5, 4)), np.array([0, 3, 255, 1, 1])
+    loss = supervised.loss_at_full_size(
+        Linear(), Outputs(jnp.float32(logits)), jnp.uint8(labels), auxiliary_weight=1.0
+    )
+    np.testing.assert_allclose(loss, cross_entropy(logits, labels), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cps", "mkd"])
+def test_warm_up_is_supervised_training_of_every_student(name, nets):
+    labeled, expected = random_batch()["labeled"], 0.0
+    method = methods.load({"name": name})
+    state, loss, aux = run(method, nets, {"labeled": labeled}, phase=0)
+    for student in "ab":
+        logits, _, stats = forward(state.network(student), labeled["image"], labeled["valid"])
+        expected += cross_entropy(nearest(logits, SIZE), labeled["label"])
+        np.testing.assert_allclose(aux.stats[student]["mean"], stats["mean"], rtol=1e-5)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_warm_up_only_makes_training_longer():
+    (phase,) = supervised.Method().phases(plan(steps=7, warmup=3))
+    assert (phase.steps, phase.train) == (10, ("a",))
+    assert [(stream.name, stream.labels) for stream in phase.streams] == [("labeled", "truth")]
+
+
+def test_methods_are_found_by_name():
+    assert methods.load({"name": "mkd", "alpha": 2.0}).alpha == 2.0
+    with pytest.raises(UserError, match=r"'mkt'.*cps, mkd, supervised"):
+        methods.load({"name": "mkt"})
+    with pytest.raises(UserError, match=r"'mkd' has no field 'alfa'.*alpha"):
+        methods.load({"name": "mkd", "alfa": 2.0})
+
+
+def test_overfits_eight_images():
+    net = models.load(
+        {
+            "name": "deeplab_v3plus",
+            "backbone": "resnet10",
+            "width": 8,
+            "channels": 16,
+            "low_level_channels": 8,
+            "aspp_rates": (1, 2),
+        },
+        num_classes=3,
+    )
+    batch, steps = {"labeled": shapes()}, 100
+    method, nets = supervised.Method(), {"a": net}
+    (phase,) = method.phases(plan(steps, images=8))
+    step = jax.jit(
+        make_train_step(
+            method,
+            nets,
+            phase,
+            optim.make_optimizer(OPTIMIZER),
+            optim.make_schedule(OPTIMIZER),
+            learning_rate=0.2,
+            seed=0,
+        )
+    )
+    state, clock = make_state(method, nets, size=(64, 64)), Clock.of(phase, 0)
+    for _ in range(steps):
+        state, _ = step(state, {}, batch, clock)
+    predict = jax.jit(make_predict_step(net))
+    logits = predict(state.network("a"), batch["labeled"]["image"], batch["labeled"]["valid"])
+    assert mean_iou(batch["labeled"]["label"], np.argmax(logits, -1)) > 0.95
