@@ -140,6 +140,7 @@ def use_streets(config: Config, split: str | None) -> None:
             size=(64, 128),
             train_count=400,
             val_count=100,
+            scene_seed=0,
         )
     config.model.update(
         backbone="resnet10",

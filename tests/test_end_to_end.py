@@ -59,7 +59,7 @@ def run(arguments: list[str], environment: dict[str, str]) -> subprocess.Complet
         text=True,
         env=environment,
         cwd=ROOT,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
@@ -104,7 +104,7 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
+    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.exists() and any(line["step"] >= until for line in lines_so_far(metrics)):
             return process

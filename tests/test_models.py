@@ -473,6 +473,20 @@ def test_batch_norm(axis_name):
     np.testing.assert_allclose(stats["var"], 0.8 * var + 0.2 * x.var(axes), atol=1e-5)
 
 
+def test_batch_norm_computes_in_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(50, 1, (4, 9, 9, 3)), jnp.bfloat16)
+    variables = {"params": {"scale": np.ones(3, np.float32), "bias": np.zeros(3, np.float32)}}
+    norm = layers.BatchNorm(batch_stats=True)
+    y, updated = norm.apply(variables, x, mutable=["batch_stats"])
+    exact = np.asarray(x, np.float64)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    assert y.dtype == jnp.bfloat16
+    expected = normalized(exact, mean, var, variables)
+    np.testing.assert_allclose(y.astype(float), expected, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.1 * mean, rtol=1e-5)
+
+
 def test_dropout_takes_whole_channels():
     x = jnp.ones((50, 3, 4, 40))
     drop = layers.Dropout(0.25)

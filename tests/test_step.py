@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -194,7 +193,7 @@ def test_accumulation_is_the_mean_over_micro_batches(teacher_stats):
     state, metrics = step(probe_state(method), {}, batch_of(x), Clock.of(phase(), 0))
     even, odd = np.mean(x[0::2]), np.mean(x[1::2])
     gradient = (even**2 + odd**2) / 2
-    np.testing.assert_allclose(state.params["a"]["w"], START - 0.1 * gradient, rtol=1e-6)
+    np.testing.assert_allclose(state.params["a"]["w"], START - 0.1 * gradient, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"][0], 3 * START.sum() * gradient, rtol=1e-6)
     mean = 0.9 * (0.9 * 0.5 + 0.1 * even) + 0.1 * odd
     np.testing.assert_allclose(state.stats["a"]["mean"], mean, rtol=1e-6)
@@ -271,8 +270,8 @@ def test_pmap_drops_the_step_on_all_devices():
     before = probe_state(method)
     after, _ = step(before, {}, batch, Clock.of(phase(), 0))
     assert after.skipped.tolist() == [1, 1]
-    for device in range(2):
-        assert_equal(jax.tree.map(lambda x: x[device], after.params), before.params)
+    twice = jax.tree.map(lambda x: np.stack([x, x]), (before.params, before.extra))
+    assert_equal((after.params, after.extra), twice)
 
 
 def test_pmap_equals_one_device_where_counts_are_equal(nets):
@@ -313,7 +312,7 @@ def test_state_is_a_fixed_point(config, options, nets):
 def test_loop_donates_and_transfers_nothing(nets):
     method = mkd.Method(strong=False)
     (main,) = method.phases(plan())
-    state = jax.jit(functools.partial(jax.tree.map, jnp.copy))(make_state(method, nets))
+    state = jax.jit(lambda: make_state(method, nets))()
     step = jax.jit(make_step(method, main, nets), donate_argnums=0)
     clock = Clock.of(main, 0)
     with jax.transfer_guard("disallow"):

@@ -33,10 +33,11 @@ _MOST = 1_000_000
 def load(
     config_data: Mapping[str, Any], split: str, labels: bool, ids: Iterable[str] | None = None
 ) -> Source:
-    """Opens the scenes that `train_count`, `val_count` and `size` ask for; see `Streets`."""
+    """Opens the scenes that `train_count`, `val_count`, `size` and `scene_seed` ask for."""
     count = config_data.get(f"{split}_count", 0)  # an unknown split gets its message below
     height, width = config_data["size"]
-    source = Streets(split, count, (height, width), labels=labels, progress=_announce)
+    seed = config_data["scene_seed"]
+    source = Streets(split, count, (height, width), seed, labels=labels, progress=_announce)
     return source if ids is None else Subset(source, ids)
 
 

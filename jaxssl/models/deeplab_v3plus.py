@@ -1,9 +1,9 @@
 """DeepLabv3+ on ResNets.
 
 Chen et al., Encoder-decoder with atrous separable convolution for semantic image segmentation,
-ECCV 2018. Defaults are MKD's network; U2PL's has `separable=False, aspp_rates=(12, 24, 36),
-low_level_channels=256, output_stride=8, multi_grid=(2, 2, 4), stem_width=64, dropout=0.1,
-zero_init=True, align_corners=True`.
+ECCV 2018. Defaults are MKD's network. The one that U2PL names so has `separable=False,
+aspp_rates=(12, 24, 36), low_level_channels=256, output_stride=8, multi_grid=(2, 2, 4),
+stem_width=64, zero_init=True, align_corners=True`.
 """
 
 from __future__ import annotations

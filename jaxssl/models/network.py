@@ -85,7 +85,7 @@ class LinenNetwork(abc.ABC):
         return outputs, updated.get("batch_stats", stats)
 
     def classifier(self, params: Params) -> tuple[jax.Array, jax.Array]:
-        """The last 1x1 convolution, as kernel `[D,C]` and bias `[C]`."""
+        """The last 1x1 convolution, as kernel `[D,C]` and bias `[C]`; UserError without one."""
         try:
             last = params["head"]["classifier"]
         except KeyError:

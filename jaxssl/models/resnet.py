@@ -76,7 +76,7 @@ def plan(
 
 
 class Block(nn.Module):
-    """A residual block, its branch kept with probability `survival` per image in training.
+    """A residual block. With a key, its branch is kept per image, and divided by `survival`.
 
     Attributes:
       features: of the 3x3 convolution; a bottleneck gives out four times as many.
