@@ -54,15 +54,16 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """What to tell the user: the cause's last line where a config file wraps it, unquoted."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+    """What to tell the user; ml_collections wraps what a config file raises."""
+    while isinstance(error.__cause__, Exception) and not isinstance(error, AttributeError):
         error = error.__cause__
-    text = (
-        str(error.args[0])
-        if isinstance(error, (AttributeError, KeyError)) and error.args
-        else str(error)
-    )
-    return " ".join(text.split()) or type(error).__name__
+    if isinstance(error, AttributeError):
+        inner = error.args[0]
+        text = str(inner.args[0] if isinstance(inner, KeyError) else inner)
+        key, *hint = text.splitlines()
+        name = key.strip("\"'")
+        return " ".join([f"The config has no key {name!r}.", *hint])
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(message: str) -> int:

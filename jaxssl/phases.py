@@ -92,6 +92,9 @@ def build(
         crop=tuple(config.crop),
         seed=config.seed,
     )
+    phases = method.phases(plan)
+    for phase in phases:
+        train.make_feeds(config, phase, sources, mesh)
     main_process = jax.process_index() == 0
     open_workdir(workdir, config, split, main_process=main_process)
     tensorboard = config.log.tensorboard
@@ -99,7 +102,7 @@ def build(
         config=config,
         workdir=workdir,
         method=method,
-        phases=method.phases(plan),
+        phases=phases,
         nets=nets,
         optimizer=optim.make_optimizer(config.optimizer),
         schedule=optim.make_schedule(config.optimizer),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxssl.contracts import UserError
+from jaxssl.contracts import Stream, UserError
 
 AXIS = "data"
 
@@ -39,12 +39,12 @@ def to_devices(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
-def check_batch(name: str, size: int, mesh: Mesh) -> None:
-    """Refuses a batch that the devices cannot share evenly."""
-    if size % mesh.size:
+def check_batch(stream: Stream, accumulate: int, mesh: Mesh) -> None:
+    """Refuses a batch that does not split evenly into micro-batches over the devices."""
+    if stream.batch % (accumulate * mesh.size):
         raise UserError(
-            f"batch.{name}={size} cannot be split evenly over {mesh.size} devices. "
-            f"Choose a multiple of {mesh.size}."
+            f"batch.{stream.name}={stream.batch} cannot be split evenly over batch.accumulate="
+            f"{accumulate} and {mesh.size} devices. Choose a multiple of {accumulate * mesh.size}."
         )
 
 

@@ -253,18 +253,24 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
     run.checkpoints.save(step, state, meta)
 
 
-def _batches(run: Run, index: int, *, start: int) -> pipeline.Batches:
-    config, phase = run.config, run.phases[index]
+def make_feeds(
+    config: Config, phase: Phase, sources: Mapping[str, Source], mesh: Mesh
+) -> list[pipeline.Feed]:
+    """What a phase reads; UserError where a batch fits neither the data nor the devices."""
     augment = Augment(
         crop=tuple(config.crop), scale=tuple(config.augment.scale), flip=config.augment.flip
     )
-    feeds = [pipeline.Feed(stream, run.sources[stream.name], augment) for stream in phase.streams]
+    feeds = [pipeline.Feed(stream, sources[stream.name], augment) for stream in phase.streams]
     for feed in feeds:
-        sharding.check_batch(
-            feed.stream.name, feed.stream.batch // config.batch.accumulate, run.mesh
-        )
+        sharding.check_batch(feed.stream, config.batch.accumulate, mesh)
+        pipeline.check(feed, config.seed, jax.process_count())
+    return feeds
+
+
+def _batches(run: Run, index: int, *, start: int) -> pipeline.Batches:
+    config, phase = run.config, run.phases[index]
     return pipeline.batches(
-        feeds,
+        make_feeds(config, phase, run.sources, run.mesh),
         seed=config.seed,
         phase_index=index,
         start=start,

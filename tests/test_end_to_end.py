@@ -194,7 +194,7 @@ def test_training_from_a_written_tree_equals_training_from_memory(finished, envi
 
 REFUSED = {
     "missing data": ({"data.name": "cityscapes", "data.root": "/nowhere"}, "Cityscapes is missing"),
-    "unknown key": ({"optimizer.lr": 1}, '"lr"'),
+    "unknown key": ({"optimizer.lr": 1}, "The config has no key 'lr'"),
     "wrong type": ({"steps": "many"}, "many"),
     "unknown method": ({"method.name": "mdk"}, "There are: cps, mkd, supervised"),
     "unknown network": ({"model.name": "unet"}, "There are: deeplab_v3plus"),
@@ -202,7 +202,7 @@ REFUSED = {
     "empty split": ({"data.split": 0}, "leaves 0 labeled"),
     "too many labels": ({"data.split": 21}, "there are 20"),
     "batch larger than the data": ({"batch.labeled": 16}, "8"),
-    "no crop": ({"crop": "32"}, "crop"),
+    "no crop": ({"crop": "32"}, "Give height and width"),
     "evaluation mode": ({"eval.mode": "half"}, "There are: whole"),
     "schedule": ({"optimizer.schedule": "step"}, "cosine"),
 }

@@ -530,7 +530,7 @@ def test_overfits_eight_images():
     images = shapes()
     batch = {"labeled": images, "unlabeled": {k: images[k] for k in ("image", "valid")}}
     nets = dict.fromkeys("ab", Small(num_classes=3))
-    method, steps = methods.load({"name": "mkd"}), 150
+    method, steps = methods.load({"name": "mkd"}), 100
     warmup, main = method.phases(plan(steps, warmup=steps, images=8))
     warm, _ = train(method, nets, warmup, batch, steps=steps)
     states, _ = train(method, nets, main, batch, steps=steps, state=warm[-1])

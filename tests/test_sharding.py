@@ -5,7 +5,7 @@ from conftest import OPTIMIZER, Small, make_state, plan, random_batch
 from jax.sharding import PartitionSpec
 
 from jaxssl import optim, sharding
-from jaxssl.contracts import UserError
+from jaxssl.contracts import Stream, UserError
 from jaxssl.methods import mkd
 from jaxssl.step import Clock, make_train_step
 
@@ -35,9 +35,10 @@ def test_rows_are_split_in_order(devices):
 
 
 def test_batch_that_cannot_be_split_is_refused():
-    sharding.check_batch("labeled", 16, mesh_of(8))
-    with pytest.raises(UserError, match=r"batch.labeled=12 .* 8 devices"):
-        sharding.check_batch("labeled", 12, mesh_of(8))
+    sharding.check_batch(Stream("labeled", 16), 2, mesh_of(8))
+    for images, accumulate in ((12, 1), (8, 2)):
+        with pytest.raises(UserError, match=rf"batch.labeled={images} .* 8 devices"):
+            sharding.check_batch(Stream("labeled", images), accumulate, mesh_of(8))
 
 
 def test_abstract_arrays():
@@ -46,9 +47,9 @@ def test_abstract_arrays():
     assert (tree["w"].shape, tree["w"].dtype, tree["w"].sharding) == ((3, 2), np.float16, where)
 
 
-def train(devices, *, dtype, steps):
-    """The state after some steps of MKD on noise, its batch split over the devices."""
-    mesh, method = mesh_of(devices), mkd.Method(augment="all", consistency_on="all")
+def train(method, devices, *, dtype, steps):
+    """The state after some steps on noise, its batch split over the devices."""
+    mesh = mesh_of(devices)
     nets = dict.fromkeys("ab", Small(dtype=dtype))
     (main,) = method.phases(plan(images=8))
     everywhere, rows = sharding.replicated(mesh), sharding.batched(mesh)
@@ -83,13 +84,15 @@ def assert_close(state, expected, tolerance):
 
 
 def test_devices_do_not_matter_in_float64():
+    method = mkd.Method(augment="all", consistency_on="all")
     with jax.enable_x64(True):
-        one, two, eight = (train(devices, dtype="float64", steps=5) for devices in (1, 2, 8))
+        one, two, eight = (train(method, n, dtype="float64", steps=5) for n in (1, 2, 8))
     assert one.params["a"]["head"]["classifier"]["kernel"].dtype == np.float64
     assert_close(two, one, 1e-10)
     assert_close(eight, one, 1e-10)
 
 
 def test_devices_do_not_matter_in_float32():
-    one, eight = (train(devices, dtype="float32", steps=1) for devices in (1, 8))
+    method = mkd.Method(strong=False)
+    one, eight = (train(method, n, dtype="float32", steps=1) for n in (1, 8))
     assert_close(eight, one, 1e-5)

@@ -201,7 +201,7 @@ def test_accumulation_is_the_mean_over_micro_batches(teacher_stats):
     np.testing.assert_allclose(state.teacher_stats["a"]["mean"], expected, rtol=1e-6)
     assert (float(metrics["x"][0]), float(metrics["x"][1])) == (18, 6)
     assert (int(state.step), int(state.extra["count"])) == (1, 2)
-    assert float(state.extra["last"]) == odd
+    np.testing.assert_allclose(state.extra["last"], odd, rtol=1e-6)
 
 
 def test_accumulated_gradients_of_a_network(nets):

@@ -228,7 +228,13 @@ def test_never_opens_labels_it_was_not_asked_for(tmp_path, count_renders):
 
 def test_load_fills_the_default_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config_data = {"name": "streets", "train_count": 3, "val_count": 1, "size": (8, 16)}
+    config_data = {
+        "name": "streets",
+        "train_count": 3,
+        "val_count": 1,
+        "scene_seed": 0,
+        "size": (8, 16),
+    }
     source = loading.load(config_data, "train", True, ["streets_000001_000019"])
     np.testing.assert_array_equal(source[0]["label"], render(0, 1, (8, 16))[1])
     assert len(loading.load(config_data, "val", False)) == 1

@@ -24,12 +24,13 @@ SIZE = (16, 24)
 
 
 def run(method, nets, batch, phase=-1):
-    state = make_state(method, nets)
+    """The state that a run starts with, its loss and what comes with that."""
+    state, key = make_state(method, nets), jax.random.key(0)
     phase = method.phases(plan(warmup=1))[phase]
-    key = jax.random.key(0)
-    return state, *method.loss(
+    loss, aux = method.loss(
         nets, state.params, state, {}, batch, key, phase=phase, progress=jnp.zeros(())
     )
+    return state, loss, aux
 
 
 @pytest.mark.parametrize("strong", [False, True])
@@ -70,6 +71,21 @@ def test_warm_up_is_supervised_training_of_every_student(name, nets):
         expected += cross_entropy(nearest(logits, SIZE), labeled["label"])
         np.testing.assert_allclose(aux.stats[student]["mean"], stats["mean"], rtol=1e-5)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+@pytest.mark.parametrize("config", [{"name": "cps"}, {"name": "mkd", "strong": False}], ids=str)
+def test_auxiliary_heads_see_labels_only(config, phase, nets):
+    batch = random_batch()
+    method = methods.load({**config, "auxiliary_weight": 0.3})
+    _, without, _ = run(method, nets, batch, phase)
+    nets = dict.fromkeys("ab", Linear(auxiliary=True))
+    state, loss, _ = run(method, nets, batch, phase)
+    labeled, expected = batch["labeled"], 0.0
+    for student in "ab":
+        logits, _, _ = forward(state.network(student), labeled["image"], labeled["valid"])
+        expected += 0.3 * cross_entropy(2 * nearest(logits, SIZE), labeled["label"])
+    np.testing.assert_allclose(loss - without, expected, rtol=1e-4)
 
 
 def test_warm_up_only_makes_training_longer():

@@ -238,6 +238,12 @@ class _Named:
         return dict(zip(self.names, streams, strict=True))
 
 
+def check(feed: Feed, seed: int, process_count: int = 1) -> None:
+    """Raises the UserError that `batches` would raise for this feed."""
+    _share(f"The batch of the stream {feed.stream.name!r}", feed.stream.batch, process_count)
+    _positions(feed.stream, feed.source.ids, seed)
+
+
 def _stream(
     feed: Feed, entropy: tuple[int, int, int], steps: int, process_count: int
 ) -> grain.MapDataset:
