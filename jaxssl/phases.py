@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from jaxssl import config as configs
 from jaxssl import logs, methods, models, optim, sharding, train
@@ -97,6 +98,7 @@ def build(
         train.make_feeds(config, phase, sources, mesh)
     main_process = jax.process_index() == 0
     open_workdir(workdir, config, split, main_process=main_process)
+    multihost_utils.sync_global_devices("all processes have looked at the workdir")
     tensorboard = config.log.tensorboard
     current = Run(
         config=config,
@@ -270,7 +272,12 @@ def open_workdir(workdir: Path, config: Config, split: Split, *, main_process: b
 def prepare_jax(config: Config) -> None:
     """Joins the other processes, and keeps compiled programs for the next start."""
     if config.distributed:
-        jax.distributed.initialize()
+        # TPU pods, Slurm and others say all of this themselves; elsewhere the environment does.
+        count, rank = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if rank is None else int(rank),
+        )
     cache = config.compilation_cache
     if cache == "auto":
         home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
@@ -290,7 +297,7 @@ def _report(run: Run, seconds: float) -> None:
         f"{100 * best['miou']:.2f} at its best (step {best['step']}).",
         f"Metrics:  {run.workdir / 'metrics.jsonl'}, and tensorboard --logdir {run.workdir}",
     ]
-    if run.config.eval.panels:
-        lines.append(f"Pictures: {train.panel_path(run.workdir, step)}")
+    if (pictures := train.panel_path(run.workdir, step)).exists():
+        lines.append(f"Pictures: {pictures}")
     lines += [f"Next:     {hint}" for hint in run.config.get("next", ())]
     run.console.message("\n".join(lines))
