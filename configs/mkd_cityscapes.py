@@ -51,4 +51,6 @@ def get_config(arg: str | None = None) -> configs.Config:
     )
     if variant["data"] == "streets":
         configs.use_streets(config, variant["split"])
+        # From scratch and in few updates, pseudo-labels are poor: trust them less, average longer.
+        config.method.update(alpha=0.5, beta=0.25, threshold=0.8, ema_decay_max=0.99)
     return config

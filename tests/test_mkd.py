@@ -84,7 +84,10 @@ def random_features(seed, count=200):
     labels[::7] = 255
     features = rng.normal(size=(count, A)) * rng.uniform(0.2, 2, A) + labels[:, None] % 7
     features[:, 0] += features[:, 1]
-    return np.float32(features), labels
+    return features.astype(np.float32), labels
+
+
+BEFORE = random_features(5)  # what networks have seen before the step under test
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -120,9 +123,8 @@ def test_running_statistics_equal_those_of_everything_seen(full):
     batches = [random_features(seed) for seed in range(4)]
     running = mkd.empty_statistics(jnp.zeros((A, C)), full=full)
     for features, labels in batches:
-        new = mkd.feature_statistics(
-            features.reshape(10, 20, A), labels.reshape(10, 20), like=running
-        )
+        images = jnp.asarray(features).reshape(10, 20, A), jnp.asarray(labels).reshape(10, 20)
+        new = mkd.feature_statistics(*images, like=running)
         running = mkd.merge(running, new)
     features, labels = (np.concatenate(x) for x in zip(*batches, strict=True))
     expected = statistics_of(features, labels, full)
@@ -132,11 +134,24 @@ def test_running_statistics_equal_those_of_everything_seen(full):
 
 
 @pytest.mark.parametrize("full", [False, True])
+def test_covariance_has_no_gradient(full):
+    features, labels = random_features(0)
+    empty = mkd.empty_statistics(jnp.zeros((A, C)), full=full)
+
+    def total(features):
+        statistics = mkd.feature_statistics(features, jnp.asarray(labels), like=empty)
+        return mkd.isda_table(jnp.eye(A, C), statistics, 1.0).sum()
+
+    assert (jax.grad(total)(jnp.asarray(features)) == 0).all()
+
+
+@pytest.mark.parametrize("full", [False, True])
 def test_absent_classes_keep_their_statistics(full):
     features, labels = random_features(0)
     before = statistics_of(features, labels, full)
-    only_0 = mkd.feature_statistics(features[:9], jnp.array([0, 255] * 4 + [0]), like=before)
-    after = mkd.merge(before, only_0)
+    of_class_0 = jnp.array([0, 255] * 4 + [0])
+    new = mkd.feature_statistics(jnp.asarray(features[:9]), of_class_0, like=before)
+    after = mkd.merge(before, new)
     np.testing.assert_array_equal(after.count, before.count + np.array([5, 0, 0, 0]))
     np.testing.assert_array_equal(after.mean[1:], before.mean[1:])
     np.testing.assert_array_equal(after.m2[1:], before.m2[1:])
@@ -145,13 +160,11 @@ def test_absent_classes_keep_their_statistics(full):
 
 def test_augmentation_leaves_ignored_pixels_and_the_own_class():
     rng = np.random.default_rng(0)
-    logits, table = np.float32(rng.normal(size=(6, C))), np.float32(rng.random((C, C)))
-    np.fill_diagonal(table, 0)
-    labels = np.array([0, 1, 2, 3, 255, 255], np.uint8)
-    added = np.array(mkd.augment(logits, labels, table)) - logits
-    np.testing.assert_array_equal(added[4:], 0)
-    np.testing.assert_array_equal(added[range(4), range(4)], 0)
+    logits, table = rng.normal(size=(6, C)), rng.random((C, C)) * (1 - np.eye(C))
+    labels = jnp.array([0, 1, 2, 3, 255, 255], jnp.uint8)
+    added = np.array(mkd.augment(jnp.float32(logits), labels, jnp.float32(table))) - logits
     np.testing.assert_allclose(added[:4], table, atol=1e-6)
+    np.testing.assert_allclose(added[4:], 0, atol=1e-6)
 
 
 def strengthen(image):
@@ -170,9 +183,6 @@ def fixed_views(monkeypatch):
     monkeypatch.setattr(mixing, "box_mask", lambda key, batch, size: jnp.asarray(MASK))
 
 
-BEFORE = random_features(5)  # what networks have seen before the step under test
-
-
 def softmax(logits):
     return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 
@@ -181,68 +191,70 @@ def cutmix(mask, x):
     return np.where(mask.reshape(mask.shape + (1,) * (x.ndim - 3)), x, np.roll(x, -1, 0))
 
 
+def reference_views(method, batch):
+    """Labeled, weak and strong images, each with the pixels that are not padding."""
+    weak = weaken if method.weak_photometric else lambda image: image
+    labeled, unlabeled = batch["labeled"], batch["unlabeled"]
+    weak_view = weak(unlabeled["image"]), unlabeled["valid"]
+    strong_view = weak_view
+    if method.strong:
+        parts = strengthen(unlabeled["image"]), unlabeled["valid"]
+        strong_view = tuple(cutmix(MASK, part) for part in parts)
+    return (weak(labeled["image"]), labeled["valid"]), weak_view, strong_view
+
+
+def reference_term(method, kernel, pixels, classes, progress):
+    """Equation 3's term by class and logit; its last row is that of ignored pixels."""
+    ramp = {"cosine": (1 - np.cos(np.pi * progress)) / 2, "linear": progress}[method.ramp]
+    full = method.covariance == "full"
+    table = reference_table(kernel, pixels, classes, method.strength * ramp, full)
+    return np.append(table, np.zeros((1, C)), 0)
+
+
 def reference(method, state, batch, progress, kernels=None):
     """Equation 4 in NumPy.
 
-    Returns the losses and the kept share, the networks' statistics, and for each augmented network
-    the pixels it has seen with their classes. The term of equation 3 is made of `kernels`, where
+    Returns the loss, its parts and the kept share, the networks' statistics, and for each augmented
+    network the pixels it has seen with their classes. Equation 3's term is made of `kernels`, where
     they shall differ from those that make the logits.
     """
-    truth, l_valid, u_valid = (
-        batch["labeled"]["label"],
-        batch["labeled"]["valid"],
-        batch["unlabeled"]["valid"],
-    )
-    weak = weaken if method.weak_photometric else lambda image: image
-    l_image, u_image = (weak(batch[stream]["image"]) for stream in ("labeled", "unlabeled"))
-    s_image, s_valid = u_image, u_valid
-    if method.strong:
-        s_image = cutmix(MASK, strengthen(batch["unlabeled"]["image"]))
-        s_valid = cutmix(MASK, u_valid)
+    labeled_view, weak_view, strong_view = reference_views(method, batch)
+    truth, size = batch["labeled"]["label"], tuple(s // method.consistency_stride for s in SIZE)
+    label, mask = nearest(truth, size), nearest(MASK, size)
+    on = slice(0 if method.consistency_on == "all" else 1, 2)
+    valid = [nearest(view[1], size) for view in (labeled_view, strong_view)]
 
-    size = tuple(s // method.consistency_stride for s in SIZE)
-    label, valid = nearest(truth, size), nearest(s_valid, size)
-    ramp = {"cosine": (1 - np.cos(np.pi * progress)) / 2, "linear": progress}[method.ramp]
     logits, targets, new_stats, seen, loss_s = {}, {}, {}, {}, 0.0
     for name in ("a", "b", *("teacher_" + t for t in method.teachers)):
         teacher = name.startswith("teacher_")
         params, stats = state.network(name)
         batch_stats = not teacher or method.teacher_stats == "own"
-        full, l_features, stats = forward((params, stats), l_image, l_valid, batch_stats)
-        image, image_valid = (u_image, u_valid) if teacher else (s_image, s_valid)
-        unlabeled, u_features, stats = forward((params, stats), image, image_valid, batch_stats)
-        new_stats[name] = stats
-        labeled = nearest(full, size)
+        full, l_features, stats = forward((params, stats), *labeled_view, batch_stats)
+        view = weak_view if teacher else strong_view
+        unlabeled, u_features, new_stats[name] = forward((params, stats), *view, batch_stats)
+        labeled, l_features = nearest(full, size), nearest(l_features, size)
         unlabeled, u_features = nearest(unlabeled, size), nearest(u_features, size)
         if teacher and method.strong:
-            mask = nearest(MASK, size)
             unlabeled, u_features = cutmix(mask, unlabeled), cutmix(mask, u_features)
         confidence = [softmax(x).max(-1) for x in (labeled, unlabeled)]
 
         if method.feature_augmentation and (not teacher or method.augment == "all"):
             own = unlabeled.argmax(-1)
-            pixels = (
-                BEFORE[0],
-                nearest(l_features, size).reshape(-1, A),
-                u_features.reshape(-1, A),
-            )
-            classes = (BEFORE[1], label.ravel(), np.where(valid, own, 255).ravel())
+            pixels = [BEFORE[0], *(x.reshape(-1, A) for x in (l_features, u_features))]
+            classes = [BEFORE[1], label.ravel(), np.where(valid[1], own, 255).ravel()]
             seen[name] = np.concatenate(pixels), np.concatenate(classes)
             kernel = (kernels or {}).get(name, np.float64(params["head"]["kernel"]))
-            strength = method.strength * ramp
-            table = reference_table(kernel, *seen[name], strength, method.covariance == "full")
-            table = np.append(table, np.zeros((1, C)), 0)  # the last row is of ignored pixels
-            unlabeled = unlabeled + table[own]
+            term = reference_term(method, kernel, *seen[name], progress=progress)
+            unlabeled = unlabeled + term[own]
             if method.augment == "all":
-                labeled = labeled + table[np.minimum(label, C)]
-                full = full + table[np.minimum(nearest(truth, full.shape[1:3]), C)]
+                labeled = labeled + term[np.minimum(label, C)]
+                full = full + term[np.minimum(nearest(truth, full.shape[1:3]), C)]
         if not teacher:
             loss_s += cross_entropy(nearest(full, SIZE), truth)
 
-        kept = [nearest(l_valid, size), valid]
+        kept = valid
         if teacher and method.threshold is not None:
-            kept = [k & (p >= method.threshold) for k, p in zip(kept, confidence, strict=True)]
-        on = slice(0 if method.consistency_on == "all" else 1, 2)
+            kept = [v & (p >= method.threshold) for v, p in zip(valid, confidence, strict=True)]
         logits[name] = np.concatenate([labeled, unlabeled][on])
         targets[name] = np.where(np.concatenate(kept[on]), logits[name].argmax(-1), 255)
 
@@ -255,8 +267,7 @@ def reference(method, state, batch, progress, kernels=None):
         "loss_students": sum(cross_entropy(logits[s], targets[t]) for s, t in OTHER.items()),
     }
     total = np.dot((1, method.alpha, method.beta), list(losses.values()))
-    valid = np.concatenate([nearest(l_valid, size), valid][on])
-    kept = (targets[method.labeler] != 255).sum() / valid.sum()
+    kept = (targets[method.labeler] != 255).sum() / np.concatenate(valid[on]).sum()
     return total, {**losses, "kept": kept}, new_stats, seen
 
 
@@ -407,9 +418,9 @@ def test_pseudo_labels():
 def test_ema_decay(gamma, expected):
     method = mkd.Method(ema_decay_max=gamma)
     warmup, main = method.phases(plan(warmup=3))
-    decays = [method.ema_decay(main, jnp.int32(k)) for k in range(3)]
-    np.testing.assert_allclose(decays, expected, rtol=1e-6)
-    assert [method.ema_decay(warmup, k) for k in range(3)] == [0, 0, 0]
+    k = jnp.arange(3)
+    np.testing.assert_allclose(method.ema_decay(main, k), expected, rtol=1e-6)
+    assert method.ema_decay(warmup, k) == 0
 
 
 def test_phases():
@@ -436,14 +447,14 @@ def train(method, nets, phase, batch, *, steps, state=None, learning_rate=0.1):
     clock = Clock.of(phase, 0)
     states = []
     for _ in range(steps):
-        state, metrics = step(state, {}, batch, clock)
+        state, _ = step(state, {}, batch, clock)
         states.append(state)
-    return states, metrics
+    return states
 
 
 def test_warm_up_keeps_teachers_equal_to_students(nets):
     method = mkd.Method()
-    states, _ = train(method, nets, method.phases(plan(warmup=3))[0], random_batch(), steps=2)
+    states = train(method, nets, method.phases(plan(warmup=3))[0], random_batch(), steps=2)
     for state in states:
         jax.tree.map(np.testing.assert_array_equal, state.teacher_params, state.params)
         jax.tree.map(np.testing.assert_array_equal, state.teacher_stats, state.stats)
@@ -453,9 +464,7 @@ def test_warm_up_keeps_teachers_equal_to_students(nets):
 def test_teachers_are_moving_averages_of_their_own_students(nets):
     method = mkd.Method(strong=False)
     first = distinct_state(method, nets)
-    (second,), _ = train(
-        method, nets, method.phases(plan())[0], random_batch(), steps=1, state=first
-    )
+    (second,) = train(method, nets, method.phases(plan())[0], random_batch(), steps=1, state=first)
     for name in method.students:
         jax.tree.map(
             lambda new, old, student: np.testing.assert_allclose(
@@ -532,8 +541,8 @@ def test_overfits_eight_images():
     nets = dict.fromkeys("ab", Small(num_classes=3))
     method, steps = methods.load({"name": "mkd"}), 100
     warmup, main = method.phases(plan(steps, warmup=steps, images=8))
-    warm, _ = train(method, nets, warmup, batch, steps=steps)
-    states, _ = train(method, nets, main, batch, steps=steps, state=warm[-1])
+    warm = train(method, nets, warmup, batch, steps=steps)
+    states = train(method, nets, main, batch, steps=steps, state=warm[-1])
     predict = make_predict_step(nets["a"])
     logits = predict(states[-1].network("a"), images["image"], images["valid"])
     assert mean_iou(images["label"], np.argmax(logits, -1)) > 0.9

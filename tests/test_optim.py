@@ -94,7 +94,9 @@ def test_sgd_is_that_of_pytorch(nesterov, head_factor):
 
 def test_sgd_equals_ten_stored_steps_of_pytorch():
     """`torch.optim.SGD` 2.13 with momentum .9 and weight decay .05."""
-    params = descend({"weight_decay": 0.05}, {"head": {"bias": np.float32([1, -1, 0.25])}})
+    params = descend(
+        {"weight_decay": 0.05}, {"head": {"bias": np.array([1, -1, 0.25], np.float32)}}
+    )
     stored = [-0.83158195, 0.6304889, -0.16769911]
     np.testing.assert_allclose(params["head"]["bias"], stored, rtol=1e-5)
 

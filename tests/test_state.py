@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,11 @@ from jaxssl.methods import mkd, supervised
 
 @pytest.fixture
 def created(nets):
-    return jax.jit(lambda: make_state(mkd.Method(), nets))()
+    """From variables made before, which jit may hand through."""
+    optimizer = optim.make_optimizer(OPTIMIZER)
+    create = functools.partial(state.create, mkd.Method(), nets, optimizer, ("a", "b"))
+    keys = {"a": jax.random.key(0), "b": jax.random.key(1)}
+    return jax.jit(create)({name: nets[name].init(keys[name], (16, 24)) for name in nets})
 
 
 def test_no_two_leaves_share_a_buffer(created):
@@ -60,7 +66,7 @@ def test_networks_by_name(created, name):
 
 
 def test_moving_average():
-    old, new = {"x": np.float32([1, 2])}, {"x": np.float32([5, 4])}
+    old, new = {"x": jnp.array([1.0, 2.0])}, {"x": jnp.array([5.0, 4.0])}
     average = jax.jit(state.ema)(old, new, jnp.float32(0.75))
     np.testing.assert_allclose(average["x"], [2, 2.5])
     assert state.ema(old, new, 1.0)["x"].tolist() == [1, 2]

@@ -17,7 +17,7 @@ START = np.array([1.0, -2.0], np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Probe(contracts.Method):
-    """Two students of two weights w each, one teacher, and a loss `sum(w) * mean(x)^2`.
+    """Two students of two weights w each, one teacher, and the loss `sum(w) * mean(x)^2`.
 
     Every argument of the loss appears among the metrics. `poison` is what a batch may bring: "loss"
     is added to the loss, and "gradient" of 0 makes gradients alone infinite.
@@ -26,11 +26,16 @@ class Probe(contracts.Method):
     decay: float = 0.25
     traces: list = dataclasses.field(default_factory=list)
 
-    students = ("a", "b")
-    teachers = ("a",)
+    @property
+    def students(self):
+        return ("a", "b")
+
+    @property
+    def teachers(self):
+        return ("a",)
 
     def phases(self, plan):
-        return (phase(plan.steps),)
+        return (phase(plan.main_steps("labeled")),)
 
     def ema_decay(self, phase, k):
         return jnp.where(k == 0, 0.0, self.decay)
@@ -50,7 +55,7 @@ class Probe(contracts.Method):
             "draw": (jax.random.uniform(key), jnp.ones(())),
             "frozen": (sum(v.params["w"].sum() for v in frozen.values()), jnp.ones(())),
         }
-        stats = {name: {"mean": 0.9 * state.stats[name]["mean"] + 0.1 * x} for name in params}
+        stats = {name: {"mean": 0.9 * state.stats[name]["mean"] + 0.1 * x} for name in phase.train}
         teacher_stats = {"a": {"mean": 10 * x}}
         extra = {"count": state.extra["count"] + 1, "last": x}
         return loss, Aux(stats, teacher_stats, extra, metrics)
@@ -64,19 +69,17 @@ def probe_state(method, train=("a", "b")):
     optimizer = optim.make_optimizer(OPTIMIZER)
     weights = {"a": {"w": START}, "b": {"w": 2 * START}}
     mean = {"mean": np.float32(0.5)}
-    return jax.tree.map(
-        jnp.array,
-        TrainState(
-            step=np.int32(0),
-            skipped=np.int32(0),
-            params=weights,
-            stats={"a": mean, "b": mean},
-            teacher_params={"a": {"w": 3 * START}},
-            teacher_stats={"a": mean},
-            opt_state={name: optimizer.init(weights[name]) for name in train},
-            extra=method.init_extra({}, {}),
-        ),
+    state = TrainState(
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        params=weights,
+        stats={"a": mean, "b": mean},
+        teacher_params={"a": {"w": 3 * START}},
+        teacher_stats={"a": mean},
+        opt_state={name: optimizer.init(weights[name]) for name in train},
+        extra=method.init_extra({}, {}),
     )
+    return jax.tree.map(jnp.array, state)
 
 
 def batch_of(x, *, loss=0.0, gradient=1.0):
@@ -94,6 +97,11 @@ def make_step(method, phase, nets=None, **options):
         optim.make_schedule(OPTIMIZER),
         **{"learning_rate": 0.1, "seed": 3, **options},
     )
+
+
+def first_key():
+    """The randomness of step 0 with the seed of `make_step`."""
+    return jax.random.fold_in(jax.random.key(3), 0)
 
 
 def assert_equal(a, b):
@@ -167,7 +175,7 @@ def test_only_trained_networks_move_and_frozen_ones_reach_the_loss():
     after, metrics = jax.jit(make_step(method, only_b))(
         state, frozen, batch_of([1]), Clock.of(only_b, 0)
     )
-    assert_equal(after.params["a"], state.params["a"])
+    assert_equal(after.network("a"), state.network("a"))
     assert (after.params["b"]["w"] != state.params["b"]["w"]).all()
     assert list(after.opt_state) == ["b"]
     assert float(metrics["frozen"][0]) == 11
@@ -200,6 +208,8 @@ def test_accumulation_is_the_mean_over_micro_batches(teacher_stats):
     expected = {"ema": mean, "own": 10 * odd}[teacher_stats]
     np.testing.assert_allclose(state.teacher_stats["a"]["mean"], expected, rtol=1e-6)
     assert (float(metrics["x"][0]), float(metrics["x"][1])) == (18, 6)
+    draws = jax.vmap(jax.random.uniform)(jax.random.split(first_key(), 2))
+    np.testing.assert_allclose(metrics["draw"][0], draws.sum(), rtol=1e-6)
     assert (int(state.step), int(state.extra["count"])) == (1, 2)
     np.testing.assert_allclose(state.extra["last"], odd, rtol=1e-6)
 
@@ -216,7 +226,7 @@ def test_accumulated_gradients_of_a_network(nets):
     def loss(params, state, rows):
         micro = {"labeled": jax.tree.map(lambda x: x[rows], batch["labeled"])}
         key = jax.random.key(0)
-        return method.loss(nets, params, state, {}, micro, key, phase=main, progress=0.0)
+        return method.loss(nets, params, state, {}, micro, key, phase=main, progress=jnp.zeros(()))
 
     first, _ = jax.grad(loss, has_aux=True)(state.params, state, slice(0, None, 2))
     second, _ = jax.grad(loss, has_aux=True)(state.params, state, slice(1, None, 2))
@@ -257,8 +267,7 @@ def test_pmap_reduces_over_devices():
     np.testing.assert_allclose(state.extra["last"][0], (left + right) / 2)
     assert state.extra["count"][0] == 1
     assert metrics["x"][0][0] == x.sum()
-    key = jax.random.fold_in(jax.random.key(3), 0)
-    draws = [jax.random.uniform(jax.random.fold_in(key, device)) for device in range(2)]
+    draws = [jax.random.uniform(jax.random.fold_in(first_key(), device)) for device in range(2)]
     np.testing.assert_allclose(metrics["draw"][0][0], sum(draws), rtol=1e-6)
 
 
@@ -312,16 +321,16 @@ def test_state_is_a_fixed_point(config, options, nets):
 def test_loop_donates_and_transfers_nothing(nets):
     method = mkd.Method(strong=False)
     (main,) = method.phases(plan())
-    state = jax.jit(lambda: make_state(method, nets))()
+    states = [jax.jit(lambda: make_state(method, nets))()]
     step = jax.jit(make_step(method, main, nets), donate_argnums=0)
     clock = Clock.of(main, 0)
     with jax.transfer_guard("disallow"):
         for seed in range(3):
-            before, batch = state, jax.device_put(random_batch(seed))
-            state, metrics = step(before, {}, batch, clock)
+            batch = jax.device_put(random_batch(seed))
+            states.append(step(states[-1], {}, batch, clock)[0])
+    *before, last = states
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    assert int(state.step) == 3
-    assert np.isfinite(metrics["loss"][0])
+    assert (int(last.step), int(last.skipped)) == (3, 0)
 
 
 def test_prediction_has_the_size_of_the_image():

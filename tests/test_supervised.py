@@ -17,7 +17,7 @@ from conftest import (
 
 from jaxssl import methods, models, optim, views
 from jaxssl.contracts import Outputs, UserError
-from jaxssl.methods import supervised
+from jaxssl.methods import mkd, supervised
 from jaxssl.step import Clock, make_predict_step, make_train_step
 
 SIZE = (16, 24)
@@ -95,7 +95,7 @@ def test_warm_up_only_makes_training_longer():
 
 
 def test_methods_are_found_by_name():
-    assert methods.load({"name": "mkd", "alpha": 2.0}).alpha == 2.0
+    assert methods.load({"name": "mkd", "alpha": 2.0}) == mkd.Method(alpha=2.0)
     with pytest.raises(UserError, match=r"'mkt'.*cps, mkd, supervised"):
         methods.load({"name": "mkt"})
     with pytest.raises(UserError, match=r"'mkd' has no field 'alfa'.*alpha"):
