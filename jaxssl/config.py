@@ -150,11 +150,11 @@ def use_streets(config: Config, split: str | None) -> None:
         low_level_channels=16,
         batch_norm_momentum=0.1,
     )
-    config.update(crop=(64, 128), steps=600, warmup=1000)
+    config.update(crop=(64, 128), steps=300, warmup=1400)
     config.batch.update(labeled=4, unlabeled=4)
     config.augment.scale = (0.75, 1.5)
     config.optimizer.learning_rate = 0.1
-    config.eval.update(every=300, batch=20)
+    config.eval.update(every=500, batch=20)
     config.checkpoint.every = 250
     config.log.every = 20
 

@@ -198,12 +198,12 @@ def reference_views(method, batch):
     weak_view = weak(unlabeled["image"]), unlabeled["valid"]
     strong_view = weak_view
     if method.strong:
-        parts = strengthen(unlabeled["image"]), unlabeled["valid"]
-        strong_view = tuple(cutmix(MASK, part) for part in parts)
+        strong = strengthen(unlabeled["image"])
+        strong_view = cutmix(MASK, strong), cutmix(MASK, unlabeled["valid"])
     return (weak(labeled["image"]), labeled["valid"]), weak_view, strong_view
 
 
-def reference_term(method, kernel, pixels, classes, progress):
+def reference_term(method, kernel, progress, pixels, classes):
     """Equation 3's term by class and logit; its last row is that of ignored pixels."""
     ramp = {"cosine": (1 - np.cos(np.pi * progress)) / 2, "linear": progress}[method.ramp]
     full = method.covariance == "full"
@@ -244,7 +244,7 @@ def reference(method, state, batch, progress, kernels=None):
             classes = [BEFORE[1], label.ravel(), np.where(valid[1], own, 255).ravel()]
             seen[name] = np.concatenate(pixels), np.concatenate(classes)
             kernel = (kernels or {}).get(name, np.float64(params["head"]["kernel"]))
-            term = reference_term(method, kernel, *seen[name], progress=progress)
+            term = reference_term(method, kernel, progress, *seen[name])
             unlabeled = unlabeled + term[own]
             if method.augment == "all":
                 labeled = labeled + term[np.minimum(label, C)]

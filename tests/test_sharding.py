@@ -82,6 +82,7 @@ def assert_close(state, expected, tolerance):
     )
 
 
+@pytest.mark.slow
 def test_devices_do_not_matter_in_float64():
     method = mkd.Method(augment="all", consistency_on="all")
     with jax.enable_x64(True):
