@@ -48,7 +48,7 @@ def make_schedule(config: Mapping[str, Any]) -> Schedule:
 
     Args:
       config: `schedule` "poly", (1 - t)^power; "cosine", (1 + cos(pi t)) / 2; or "constant";
-        `power`; `warmup_steps`, over which the factor also rises linearly from 0.
+        `power`; `warmup_steps`, over which the factor also rises linearly, from 1/warmup_steps.
     """
     shapes = {
         "poly": lambda t: (1 - t) ** config["power"],

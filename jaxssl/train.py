@@ -106,13 +106,15 @@ def train_phase(
     step, end = int(state.step), begin + phase.steps
     clock = jax.device_put(Clock.of(phase, begin), sharding.replicated(run.mesh))
     train_step = compile_step(run, phase)
-    sums = MetricSums()
+    sums, first = MetricSums(), True
     run.console.phase(phase.name, phase.steps, step - begin)
     with _batches(run, index, start=step - begin) as batches:
         for rows in batches:
             batch = sharding.to_devices(rows, run.mesh)
-            if step == begin:
+            if first:
+                run.console.message(f"{phase.name}: compiling; the next start takes less time.")
                 check_fixed_point(train_step, state, frozen, batch, clock)
+                first = False
             state, metrics = train_step(state, frozen, batch, clock)
             sums.add(metrics)
             step += 1

@@ -407,10 +407,8 @@ class FeatureStatistics:
 def empty_statistics(kernel: jax.Array, *, full: bool) -> FeatureStatistics:
     """Statistics before any pixel, for a classifier with kernel `[A,C]`."""
     A, C = kernel.shape
-    zeros = jnp.zeros((C, A), kernel.dtype)
-    return FeatureStatistics(
-        zeros[:, 0], zeros, jnp.zeros((C, A, A), kernel.dtype) if full else zeros
-    )
+    shapes = (C,), (C, A), (C, A, A) if full else (C, A)
+    return FeatureStatistics(*(jnp.zeros(shape, kernel.dtype) for shape in shapes))
 
 
 def feature_statistics(

@@ -246,7 +246,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:
+def resize_bilinear(x: jax.Array, size: tuple[int, ...], *, align_corners: bool) -> jax.Array:
     """Resizes `[B,h,w,C]` to `[B,*size,C]` bilinearly, without antialiasing.
 
     Equals PyTorch's `interpolate(mode="bilinear")`. Computed in at least float32.

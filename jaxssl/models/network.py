@@ -95,7 +95,7 @@ class LinenNetwork(abc.ABC):
             ) from None
         return last["kernel"][0, 0], last["bias"]
 
-    def resize(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def resize(self, logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
         """Bilinear `[B,h,w,C]` -> `[B,*size,C]`."""
         return layers.resize_bilinear(logits, size, align_corners=self.align_corners)
 
