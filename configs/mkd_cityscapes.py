@@ -51,6 +51,10 @@ def get_config(arg: str | None = None) -> configs.Config:
     )
     if variant["data"] == "streets":
         configs.use_streets(config, variant["split"])
+        config.next = (
+            "compare with the labeled images alone: python -m jaxssl.main "
+            "--config=configs/supervised_cityscapes.py:streets --workdir=/tmp/supervised",
+        )
         # From scratch and in few updates, pseudo-labels are poor: trust them less, average longer.
         config.method.update(alpha=0.5, beta=0.25, threshold=0.8, ema_decay_max=0.99)
     return config

@@ -22,6 +22,7 @@ MAY_CHANGE = frozenset(
         "distributed",
         "eval",
         "log",
+        "next",
     }
 )
 """Keys (or sections) that do not change what is computed: a run may be resumed with others."""
@@ -91,6 +92,7 @@ def default() -> Config:
             "eval": {"every": 2000, "mode": "whole", "batch": 4, "panels": 4},
             "checkpoint": {"every": 1000},
             "log": {"every": 50, "tensorboard": True},
+            "next": (),
             "distributed": False,
             "compilation_cache": "auto",
         }

@@ -299,5 +299,5 @@ def _report(run: Run, seconds: float) -> None:
     ]
     if (pictures := train.panel_path(run.workdir, step)).exists():
         lines.append(f"Pictures: {pictures}")
-    lines += [f"Next:     {hint}" for hint in run.config.get("next", ())]
+    lines += [f"Next:     {hint}" for hint in run.config.next]
     run.console.message("\n".join(lines))

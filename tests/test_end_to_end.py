@@ -173,7 +173,8 @@ def test_finished_run_says_its_result_again(finished, environment):
     workdir, printed = finished
     again = run(command(workdir), environment)
     assert again.returncode == 0, again.stderr
-    assert printed.splitlines()[-3].split("Network")[1] in again.stdout
+    result = next(line for line in printed.splitlines() if line.startswith("Done: "))
+    assert result.partition("Network")[2] in again.stdout
 
 
 def test_training_from_a_written_tree_equals_training_from_memory(finished, environment, tmp_path):
