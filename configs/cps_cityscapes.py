@@ -1,20 +1,18 @@
-"""CPS on Cityscapes: two students teach each other, on CutMix images; MKD's co-training baseline.
+"""CPS on Cityscapes: two students teach each other, on CutMix images; MKD's baseline.
 
-Command:
+Command, with --config.data.root=DIR for the folder that holds leftImg8bit and gtFine:
   python -m jaxssl.main --config=configs/cps_cityscapes.py:1_16,r50 --workdir=W
-  --config.data.root=DIR python -m jaxssl.main --config=configs/cps_cityscapes.py:streets
-  --workdir=W     (nothing to download)
+  python -m jaxssl.main --config=configs/cps_cityscapes.py:streets --workdir=W  # no download
 
-Cost: two networks a step, and a pass of each for the pseudo-labels of CutMix: about four times a
-supervised step.
+Cost: two networks a step, and a pass of each for the pseudo-labels of CutMix images.
 
 Published (Table 2 of the MKD paper, with CutMix, mIoU on val, single scale):
               1_16    1_8     1_4     1_2
   r50        74.47   76.61   77.83   78.77
   r101       74.72   77.62   79.21   80.2
 
-The weight 5 is that of the authors' released Cityscapes configuration. Crop, batch and schedule
-here are those of mkd_cityscapes.py, so that the two compare; the authors' own differ.
+The weight 5 is that of the authors' released Cityscapes configuration. Crop, batch and schedule are
+those of mkd_cityscapes.py, so that the two compare; the authors' own differ.
 """
 
 from ml_collections import ConfigDict

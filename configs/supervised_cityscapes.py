@@ -1,14 +1,13 @@
 """Supervised training on Cityscapes' labeled images alone: the baseline of every table.
 
-Command:
+Command, with --config.data.root=DIR for the folder that holds leftImg8bit and gtFine:
   python -m jaxssl.main --config=configs/supervised_cityscapes.py:1_16,r50 --workdir=W
-  --config.data.root=DIR python -m jaxssl.main --config=configs/supervised_cityscapes.py:streets
-  --workdir=W     (nothing to download) python -m jaxssl.main
-  --config=configs/supervised_cityscapes.py:streets,all --workdir=W   (every label)
+  python -m jaxssl.main --config=configs/supervised_cityscapes.py:streets --workdir=W  # no download
+  python -m jaxssl.main --config=configs/supervised_cityscapes.py:streets,all --workdir=W
 
-Cost: one network a step.
+Cost: one network a step; the demo takes about a minute on two CPU cores.
 
-Published (Table 2 of the MKD paper has none; UniMatch reports these, mIoU on val, crop 801):
+Published (MKD's Table 2 has none; UniMatch reports these, mIoU on val, crop 801):
               1_16    1_8     1_4     1_2
   r50        63.3    70.2    73.1    76.6
   r101       66.3    72.8    75.0    78.0

@@ -1,8 +1,6 @@
-"""Runs the rows of a sweep file one after the other, each in a folder of its own; the same command
-goes on.
+"""Runs the rows of a sweep file in turn, each in a folder of its own; the same command goes on.
 
-python launch/sweep.py --sweep=configs/mkd_sweep.py --config=configs/mkd_cityscapes.py:streets
---workdir=W
+python launch/sweep.py --sweep=configs/mkd_sweep.py --config=CONFIG --workdir=W
 """
 
 from __future__ import annotations
