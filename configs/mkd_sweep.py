@@ -3,8 +3,8 @@
 Command:
   python launch/sweep.py --sweep=configs/mkd_sweep.py --config=CONFIG --workdir=W
 
-with a CONFIG such as configs/mkd_cityscapes.py:streets. It runs every row in a folder of its own and prints a table; --dry_run prints the commands alone.
-Cost: that of one run, seventeen times.
+with a CONFIG such as configs/mkd_cityscapes.py:streets. It runs every row in a folder of its own
+and prints a table; --dry_run prints the commands alone. Cost: that of one run, seventeen times.
 
 The published figures are mIoU on VOC 2012 val, 1/16 of the augmented set (662 labels). The rows of
 Table 3 switch parts on one at a time; only the last two combine them.
