@@ -30,5 +30,9 @@ def get_config(arg: str | None = None) -> configs.Config:
     )
     if variant["data"] == "streets":
         configs.use_streets(config, variant["split"])
+        config.next = (
+            "compare with MKD: python -m jaxssl.main "
+            "--config=configs/mkd_cityscapes.py:streets --workdir=/tmp/mkd",
+        )
         config.method.weight = 1.0
     return config

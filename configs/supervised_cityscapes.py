@@ -26,4 +26,8 @@ def get_config(arg: str | None = None) -> configs.Config:
     config.method = ConfigDict({"name": "supervised", "strong": False, "auxiliary_weight": 0.4})
     if variant["data"] == "streets":
         configs.use_streets(config, variant["split"])
+        config.next = (
+            "compare with MKD: python -m jaxssl.main "
+            "--config=configs/mkd_cityscapes.py:streets --workdir=/tmp/mkd",
+        )
     return config

@@ -92,7 +92,7 @@ def default() -> Config:
             "eval": {"every": 2000, "mode": "whole", "batch": 4, "panels": 4},
             "checkpoint": {"every": 1000},
             "log": {"every": 50, "tensorboard": True},
-            "next": (),
+            "next": ("the same with --config.seed=1 and another --workdir, to see the spread",),
             "distributed": False,
             "compilation_cache": "auto",
         }
