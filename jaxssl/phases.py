@@ -53,6 +53,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> int:
             console.message(f"Saved. The same command goes on from here: --workdir={path}")
             return 128 + stopped.signal
         current.checkpoints.wait()
+        console.close()  # the last bar stays above the result
         _report(current, time.monotonic() - began)
     return 0
 
