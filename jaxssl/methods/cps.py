@@ -19,7 +19,6 @@ from jaxssl.contracts import (
     Params,
     Phase,
     Plan,
-    Stream,
     Variables,
 )
 from jaxssl.methods import supervised
@@ -55,12 +54,7 @@ class Method(contracts.Method):
 
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
         """A warm-up, if the plan has one, and the method."""
-        streams = (
-            Stream("labeled", plan.batch["labeled"]),
-            Stream("unlabeled", plan.batch["unlabeled"], labels=None),
-        )
-        main = Phase("main", plan.main_steps("unlabeled"), self.students, streams)
-        return (*supervised.warmup_phase(plan, self.students), main)
+        return supervised.warmup_and_main(plan, self.students)
 
     def loss(
         self,

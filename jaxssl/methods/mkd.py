@@ -25,7 +25,6 @@ from jaxssl.contracts import (
     Phase,
     Plan,
     Stats,
-    Stream,
     UserError,
     Variables,
 )
@@ -100,12 +99,7 @@ class Method(contracts.Method):
 
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
         """A warm-up, if the plan has one, and the method."""
-        streams = (
-            Stream("labeled", plan.batch["labeled"]),
-            Stream("unlabeled", plan.batch["unlabeled"], labels=None),
-        )
-        main = Phase("main", plan.main_steps("unlabeled"), self.students, streams)
-        return (*supervised.warmup_phase(plan, self.students), main)
+        return supervised.warmup_and_main(plan, self.students)
 
     def init_extra(
         self, nets: Mapping[str, Network], params: Mapping[str, Params]

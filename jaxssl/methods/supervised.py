@@ -126,6 +126,16 @@ def warmup_phase(plan: Plan, students: tuple[str, ...]) -> tuple[Phase, ...]:
     return (Phase(WARMUP, plan.warmup, students, (Stream("labeled", plan.batch["labeled"]),)),)
 
 
+def warmup_and_main(plan: Plan, students: tuple[str, ...]) -> tuple[Phase, ...]:
+    """A warm-up, if the plan has one, and a main phase on labeled and unlabeled images."""
+    streams = (
+        Stream("labeled", plan.batch["labeled"]),
+        Stream("unlabeled", plan.batch["unlabeled"], labels=None),
+    )
+    main = Phase("main", plan.main_steps("unlabeled"), students, streams)
+    return (*warmup_phase(plan, students), main)
+
+
 def warmup_loss(
     method: contracts.Method,
     nets: Mapping[str, Network],
