@@ -5,6 +5,7 @@ from PIL import Image
 from jaxssl.contracts import Stream, UserError
 from jaxssl.data import cityscapes, loading
 from jaxssl.data.cityscapes import Cityscapes
+from jaxssl.data.loading import Subset
 from jaxssl.data.pipeline import Feed, batches
 from jaxssl.data.transforms import Augment
 
@@ -86,13 +87,13 @@ def test_splits_are_joined(root):
 
 
 def test_select_restricts(root):
-    subset = Cityscapes(root, "train").select([IDS[4], IDS[1]])
+    subset = Subset(Cityscapes(root, "train"), [IDS[4], IDS[1]])
     assert subset.ids == (IDS[1], IDS[4])
     assert len(subset) == 2
     assert subset[1]["id"] == IDS[4]
     np.testing.assert_array_equal(subset[1]["image"], picture(4))
     with pytest.raises(UserError, match=r"1 of 1 image ids.*bonn"):
-        Cityscapes(root, "train").select(["bonn"])
+        Subset(Cityscapes(root, "train"), ["bonn"])
 
 
 def test_unlabeled_images_need_no_label_files(root, tmp_path_factory):

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from jaxssl.contracts import IGNORE_LABEL, DataInfo, Record, UserError
-from jaxssl.data.loading import Subset
 from jaxssl.data.splits import known_ids
 
 # label id in the files, name, color; the position in this table is the train id.
@@ -109,10 +108,6 @@ class Cityscapes:
                 f"{path} is {image.shape[1]}x{image.shape[0]}. Give both the same size."
             )
         return Record(image=image, label=label, id=self.ids[index])
-
-    def select(self, ids: Iterable[str]) -> Subset:
-        """The same source with these images only."""
-        return Subset(self, ids)
 
 
 def _list_images(root: Path, split: str) -> dict[str, str]:
