@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import itertools
 import multiprocessing.process
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from grain.experimental import ZipMapDataset
+from grain.experimental import DatasetOptions, WithOptionsIterDataset, ZipMapDataset
 
 from jaxssl.contracts import IGNORE_LABEL, Source, Stream, UserError
 from jaxssl.data.splits import seeded_order
@@ -58,9 +58,8 @@ class Batches:
         if self._iterator is None:
             raise StopIteration
         try:
-            batch = next(self._iterator)
+            return next(self._iterator)
         except UserError as error:
-            # The traceback would keep arrays in shared memory alive for as long as the error.
             raise error.with_traceback(None) from None
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
@@ -70,19 +69,12 @@ class Batches:
                 f"A data worker process died with exit code {code}, often because memory ran out. "
                 "Use fewer, --config.data.workers=N, or smaller crops and batches."
             ) from error.with_traceback(None)
-        # A worker's arrays lie in shared memory. The copy frees it now: what lives until the
-        # interpreter's exit is reported as leaked.
-        return {
-            stream: {name: _owned(array) for name, array in arrays.items()}
-            for stream, arrays in batch.items()
-        }
 
     def close(self) -> None:
         """Ends threads and worker processes, and the iteration; may be called again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-            gc.collect()
 
     def __enter__(self) -> Batches:
         return self
@@ -133,6 +125,9 @@ def batches(
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads absl flags before it starts a worker.
+        # Batches come through a pipe, not through shared memory: containers give that 64 MB by
+        # default, and a thread of grain's that frees it can be cut short by the interpreter's exit.
+        dataset = WithOptionsIterDataset(dataset, DatasetOptions(min_shm_size=sys.maxsize))
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_follow_parent
         )
@@ -286,10 +281,6 @@ def _share(what: str, batch: int, process_count: int) -> int:
             f"Choose a multiple of {process_count}."
         )
     return batch // process_count
-
-
-def _owned(array: np.ndarray) -> np.ndarray:
-    return array if type(array) is np.ndarray else np.array(array)
 
 
 def _read_options(threads: int) -> grain.ReadOptions:
