@@ -59,6 +59,12 @@ class UserError(Exception):
     """
 
 
+class UnreadableError(UserError):
+    """A file is missing, truncated or not an image. Training puts another image in its place;
+    every other mistake in the data ends it.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
     """What the labels of a data set mean.

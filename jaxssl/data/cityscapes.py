@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from jaxssl.contracts import IGNORE_LABEL, DataInfo, Record, UserError
+from jaxssl.data.files import open_image
 from jaxssl.data.splits import known_ids
 
 # label id in the files, name, color; the position in this table is the train id.
@@ -160,7 +160,7 @@ def _list(root: Path, pattern: str) -> list[str]:
 
 
 def _read_image(path: Path) -> np.ndarray:
-    image = _open(path)
+    image = open_image(path)
     if image.mode not in ("RGB", "L"):
         raise UserError(
             f"The image {path} has mode {image.mode}. Convert it to 8-bit RGB or grayscale, "
@@ -170,7 +170,7 @@ def _read_image(path: Path) -> np.ndarray:
 
 
 def _read_label(path: Path) -> np.ndarray:
-    image = _open(path)
+    image = open_image(path)
     if image.mode not in ("L", "P"):
         raise UserError(
             f"The label {path} has mode {image.mode}. Give a PNG with one 8-bit channel that "
@@ -187,13 +187,3 @@ def _read_label(path: Path) -> np.ndarray:
         )
     return label
 
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(
-            f"The file {path} cannot be read as an image: {error}. Unpack it again."
-        ) from error
