@@ -3,8 +3,10 @@
 Command, with --config.data.root=DIR for the folder that holds leftImg8bit and gtFine:
   python -m jaxssl.main --config=configs/cps_cityscapes.py:1_16,r50 --workdir=W
   python -m jaxssl.main --config=configs/cps_cityscapes.py:streets --workdir=W  # no download
+  python -m jaxssl.main --config=configs/cps_cityscapes.py:streets,pretrained --workdir=W
 
-Cost: two networks a step, and a pass of each for the pseudo-labels of CutMix images.
+Cost: two networks a step, and a pass of each for the pseudo-labels of CutMix images. The
+  variant pretrained begins with ImageNet features (pip install 'jaxssl[pretrained]').
 
 Published (Table 2 of the MKD paper, with CutMix, mIoU on val, single scale):
               1_16    1_8     1_4     1_2
@@ -22,7 +24,10 @@ from jaxssl import config as configs
 
 def get_config(arg: str | None = None) -> configs.Config:
     variant = configs.choose(
-        arg, split=("1_16", "1_8", "1_4", "1_2"), backbone=("r50", "r101"), data=("streets",)
+        arg,
+        split=("1_16", "1_8", "1_4", "1_2"),
+        backbone=("r50", "r101", "pretrained"),
+        data=("streets",),
     )
     config = configs.cityscapes(variant["split"], variant["backbone"])
     config.method = ConfigDict(
@@ -32,7 +37,9 @@ def get_config(arg: str | None = None) -> configs.Config:
         configs.use_streets(config, variant["split"])
         config.next = (
             "compare with MKD: python -m jaxssl.main "
-            "--config=configs/mkd_cityscapes.py:streets --workdir=/tmp/mkd",
+            f"--config=configs/mkd_cityscapes.py:{arg} --workdir=/tmp/mkd",
         )
         config.method.weight = 1.0
+    if variant["backbone"] == "pretrained":
+        configs.use_pretrained(config)
     return config

@@ -40,21 +40,35 @@ class Checkpoints:
     whole run. Directories that do not read (empty, half copied, of another format) are left alone;
     opening names those that are newer than the newest checkpoint in a warning.
 
+    Args:
+      directory: is made where it is missing.
+      async_save: whether `save` returns before the disk has everything.
+      read_only: leaves the directory, which must exist, as it is: a run may be saving to it.
+
     Attributes:
       keep: steps to keep beside the newest, such as the best of each phase; a save deletes the
         checkpoints that are neither. It is stored with each checkpoint, and opening the directory
         brings back the newest one's.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, async_save: bool = True):
-        self._directory = _create(Path(directory).absolute())
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        async_save: bool = True,
+        read_only: bool = False,
+    ):
+        self._directory = Path(directory).absolute()
+        if not read_only:
+            _create(self._directory)
         logging.getLogger("absl").addFilter(_without_traceback)
         self._manager = ocp.CheckpointManager(
             self._directory,
             handler_registry=_handlers(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Preserve(self._wanted),
-                cleanup_tmp_directories=True,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,  # one may be a save that another is writing
                 enable_async_checkpointing=async_save,
             ),
         )
@@ -102,6 +116,10 @@ class Checkpoints:
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Newest step and its metadata, be it still on its way to disk; None for a new run."""
         return self._latest
+
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the checkpoints on disk, rising."""
+        return tuple(sorted(set(self._manager.all_steps()) - self._unreadable))
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved with a step that is on disk; UserError where it does not read."""
@@ -256,14 +274,13 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     return registry
 
 
-def _create(directory: Path) -> Path:
+def _create(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"Cannot create {directory}: {_reason(error)}. Choose another --workdir."
         ) from error
-    return directory
 
 
 def _leaves(tree: Any) -> dict[str, str]:

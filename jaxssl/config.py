@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from ml_collections import ConfigDict, config_dict
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from jaxssl.contracts import UserError
 
@@ -16,12 +18,14 @@ MAY_CHANGE = frozenset(
     {
         "checkpoint",
         "compilation_cache",
+        "data.max_damaged",
         "data.root",
         "data.threads",
         "data.workers",
         "distributed",
         "eval",
         "log",
+        "max_skipped",
         "next",
     }
 )
@@ -34,6 +38,7 @@ def default() -> Config:
         {
             "name": "deeplab_v3plus",
             "backbone": "resnet50",
+            "pretrained": "",
             "width": 64,
             "stem": "deep",
             "output_stride": 16,
@@ -71,6 +76,7 @@ def default() -> Config:
                 "extra": False,
                 "workers": 0,
                 "threads": 4,
+                "max_damaged": config_dict.placeholder(int),
             },
             "model": model,
             "model_a": _overrides(model),
@@ -89,11 +95,23 @@ def default() -> Config:
                 "power": 0.9,
                 "warmup_steps": 0,
             },
-            "eval": {"every": 2000, "mode": "whole", "batch": 4, "panels": 4},
+            "eval": {
+                "every": 2000,
+                "mode": "whole",
+                "window": (),
+                "stride": (),
+                "flip": False,
+                "scales": (1.0,),
+                "bucket": 32,
+                "batch": 4,
+                "watch": 50,
+                "panels": 4,
+            },
             "checkpoint": {"every": 1000},
             "log": {"every": 50, "tensorboard": True},
+            "max_skipped": 20,
             "next": ("the same with --config.seed=1 and another --workdir, to see the spread",),
-            "distributed": False,
+            "distributed": "auto",
             "compilation_cache": "auto",
         }
     )
@@ -115,12 +133,12 @@ def cityscapes(split: str | None, backbone: str | None) -> Config:
 
     Args:
       split: share of labeled images, 1_16 if None.
-      backbone: "r50" (if None) or "r101".
+      backbone: "r101", or anything else for ResNet-50; `use_pretrained` brings its own.
     """
     config = default()
     config.steps = 80_000
     config.data.split = split or "1_16"
-    config.model.backbone = {None: "resnet50", "r50": "resnet50", "r101": "resnet101"}[backbone]
+    config.model.backbone = "resnet101" if backbone == "r101" else "resnet50"
     config.model.batch_norm_momentum = 0.001
     config.optimizer.learning_rate = 0.01
     return config
@@ -144,6 +162,55 @@ def use_streets(config: Config, split: str | None) -> None:
             val_count=100,
             scene_seed=0,
         )
+    use_small(config)
+    config.update(crop=(64, 128), steps=300, warmup=1400)
+    config.batch.update(labeled=4, unlabeled=4)
+    config.augment.scale = (0.75, 1.5)
+    config.eval.update(every=500, batch=20)
+    config.checkpoint.every = 250
+    config.log.every = 20
+
+
+def folder(network: str | None = None) -> Config:
+    """The default config for a folder of one's own images; what it leaves open, `auto` decides.
+
+    Args:
+      network: "r50" (if None), "r101", or "small", for CPUs.
+    """
+    config = default()
+    with config.unlocked():
+        config.data.update(
+            name="folder", root="", split="all", extra=True, classes=(), ignore=(255,)
+        )
+        config.limits = ConfigDict({"crop": 512, "batch": 8, "steps": 40_000})
+    config.crop = config_dict.placeholder(tuple)
+    config.warmup = config_dict.placeholder(int)
+    # A placeholder each: one that stands in two places has one value for both.
+    config.batch.update(
+        labeled=config_dict.placeholder(int), unlabeled=config_dict.placeholder(int)
+    )
+    config.eval.update(
+        every=config_dict.placeholder(int),
+        mode=config_dict.placeholder(str),
+        batch=config_dict.placeholder(int),
+    )
+    if network == "small":
+        use_small(config)
+        config.limits.update(crop=256, batch=4, steps=1000)
+        config.augment.scale = (0.75, 1.5)
+        config.checkpoint.every = 250
+        config.log.every = 20
+    elif network == "r101":
+        config.model.backbone = "resnet101"
+    return config
+
+
+def use_small(config: Config) -> None:
+    """Swaps in a network of half a million parameters, for CPUs, and a learning rate for it.
+
+    Args:
+      config: is changed.
+    """
     config.model.update(
         backbone="resnet10",
         width=16,
@@ -152,13 +219,20 @@ def use_streets(config: Config, split: str | None) -> None:
         low_level_channels=16,
         batch_norm_momentum=0.1,
     )
-    config.update(crop=(64, 128), steps=300, warmup=1400)
-    config.batch.update(labeled=4, unlabeled=4)
-    config.augment.scale = (0.75, 1.5)
     config.optimizer.learning_rate = 0.1
-    config.eval.update(every=500, batch=20)
-    config.checkpoint.every = 250
-    config.log.every = 20
+
+
+def use_pretrained(config: Config) -> None:
+    """Swaps in a backbone with ImageNet weights, and a learning rate that keeps what they know.
+
+    EfficientNet-Lite0 at stride 16, whatever the crop: at 64x128 a stride of 32 would leave 2x4
+    features, and one of 8 costs three times as much. The head stays as it is.
+
+    Args:
+      config: is changed.
+    """
+    config.model.update(backbone="efficientnet_lite0", pretrained="imagenet", output_stride=16)
+    config.optimizer.learning_rate = 0.01
 
 
 def choose(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str | None]:
@@ -186,6 +260,40 @@ def choose(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str | None]:
             )
         chosen[group] = word
     return chosen
+
+
+def from_arguments(arguments: Sequence[str]) -> Config:
+    """Reads `--config=FILE:VARIANT` and any `--config.KEY=VALUE`, as training does.
+
+    Raises:
+      UserError: there is no such file, variant or key, a value does not fit, or there is another
+        argument.
+    """
+    argv, values = ["", *arguments], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    file = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
+    if not os.path.exists(file.partition(":")[0]):
+        raise UserError(f"There is no config file {file.partition(':')[0]!r}. Give --config=FILE.")
+    try:
+        rest = values(argv)[1:]
+    except Exception as error:  # a config file runs any code
+        raise UserError(reason(error)) from error
+    if rest:
+        raise UserError(f"Unexpected argument {rest[0]!r}. Overrides look like --config.steps=100.")
+    return values["config"].value
+
+
+def reason(error: Exception) -> str:
+    """What to tell of a mistake in flags; ml_collections wraps what a config file raises."""
+    while isinstance(error.__cause__, Exception) and not isinstance(error, AttributeError):
+        error = error.__cause__
+    if isinstance(error, (AttributeError, KeyError)):
+        inner = error.args[0]
+        text = str(inner.args[0] if isinstance(inner, KeyError) else inner)
+        key, *hint = text.splitlines()
+        name = key.strip("\"'")
+        return " ".join([f"The config has no key {name!r}.", *hint])
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -89,12 +89,14 @@ class Record(TypedDict):
     """One image as a `Source` gives it.
 
     `image` uint8 `[h,w,3]`; `label` uint8 `[h,w]` (or a class id), 255 = ignore, only where the
-    source was opened with labels; `id` unique within the source.
+    source was opened with labels; `id` unique within the source; `file` the path of the image,
+    where it has a file of its own.
     """
 
     image: np.ndarray
     label: NotRequired[np.ndarray]
     id: str
+    file: NotRequired[str]
 
 
 class Source(Protocol):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -12,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
@@ -24,6 +26,12 @@ from jaxssl.contracts import Metrics
 if TYPE_CHECKING:
     import rich.progress
     import tensorboardX
+
+
+_COMPILING = (
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
 
 
 class MetricSums:
@@ -51,6 +59,81 @@ class MetricSums:
                     sums[name] += float(total)
                     counts[name] += float(count)
         return {name: sums[name] / counts[name] for name in sums}
+
+
+@dataclasses.dataclass
+class Lap:
+    """A stretch of time and what it counts as; may be renamed while it lasts."""
+
+    name: str
+    seconds: float = 0.0
+
+
+class Stopwatch:
+    """Wall time by what the host did or waited for: `with stopwatch("evaluation"): ...`.
+
+    Stretches may be nested; time counts for the innermost, and time in none as "other". Devices
+    work while the host goes on, so what is measured is what the host waited for: steps count as
+    the wait for their results.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._mark = clock, clock()
+        self._laps = [Lap("other")]
+        self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[Lap]:
+        """Times a block."""
+        lap = Lap(name)
+        self._split()
+        self._laps.append(lap)
+        try:
+            yield lap
+        finally:
+            self._split()
+            self._laps.pop()
+            self._seconds[lap.name] += lap.seconds
+
+    @contextlib.contextmanager
+    def counting_compilation(self) -> Iterator[None]:
+        """In the block, what jax compiles counts as "compilation", wherever it happens."""
+        from jax import monitoring
+
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            del kwargs
+            if event in _COMPILING:
+                self._laps[-1].seconds -= duration_secs
+                self._seconds["compilation"] += duration_secs
+
+        monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield
+        finally:
+            monitoring.unregister_event_duration_listener(listen)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds since this stopwatch was made, by name."""
+        self._split()
+        found = collections.defaultdict(float, self._seconds)
+        for lap in self._laps:
+            found[lap.name] += lap.seconds
+        return dict(found)
+
+    def percent(self) -> dict[str, int]:
+        """Shares of the time since this stopwatch was made, the largest first; they sum to 100."""
+        seconds = self.seconds()
+        exact = {name: 100 * value / sum(seconds.values()) for name, value in seconds.items()}
+        found = {name: math.floor(value) for name, value in exact.items()}
+        largest_rest = sorted(exact, key=lambda name: found[name] - exact[name])
+        for name in largest_rest[: 100 - sum(found.values())]:
+            found[name] += 1
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def _split(self) -> None:
+        now = self._clock()
+        self._laps[-1].seconds += now - self._mark
+        self._mark = now
 
 
 class Logger:
@@ -96,18 +179,20 @@ class Logger:
             part.write_text("".join(f"{line}\n" for line in kept))
             part.replace(path)
 
-    def write(self, step: int, phase: str, values: Mapping[str, float]) -> None:
-        """Appends one line; JSON has no NaN and no infinity, they become null."""
+    def write(self, step: int, phase: str, values: Mapping[str, float | str]) -> None:
+        """Appends one line; JSON has no NaN and no infinity, they become null. TensorBoard gets the
+        numbers.
+        """
         if not self._main_process:
             return
         if self._lines is None:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._lines = (self._workdir / "metrics.jsonl").open("a")
-        finite = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+        finite = {name: _json_value(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "phase": phase, **finite}) + "\n")
         self._lines.flush()
         for name, value in finite.items():
-            if self._tensorboard and value is not None:
+            if self._tensorboard and isinstance(value, float):
                 self._writer().add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
@@ -280,11 +365,12 @@ class TerminalConsole(Console):
         import rich.box
         import rich.table
 
-        table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
         for name, right in zip(columns, _numeric(rows, len(columns)), strict=True):
             table.add_column(name, justify="right" if right else "left")
         for row in rows:
             table.add_row(*map(str, row))
+        self.message(title)  # rich would break that of a narrow table
         self._rich.print(table)
 
     def close(self) -> None:
@@ -300,6 +386,14 @@ def create_console(*, main_process: bool = True) -> Console:
         return Console()
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return TerminalConsole(sys.stdout) if terminal else Console(sys.stdout)
+
+
+def memory(count: int) -> str:
+    """Bytes as text, such as "12.3 MB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1000:.1f} kB"
 
 
 def environment() -> dict[str, Any]:
@@ -364,7 +458,17 @@ def _values(values: Mapping[str, float]) -> str:
 def _numeric(rows: Sequence[Sequence[object]], columns: int) -> list[bool]:
     """Which columns hold a number."""
     texts = [[str(row[i]) for row in rows] for i in range(columns)]
-    return [any(t.lstrip("-").replace(".", "", 1).isdigit() for t in column) for column in texts]
+
+    def is_number(text: str) -> bool:
+        return text.lstrip("-").replace(",", "").replace(".", "", 1).isdigit()
+
+    return [any(map(is_number, column)) for column in texts]
+
+
+def _json_value(value: float | str) -> float | str | None:
+    if isinstance(value, str):
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from jaxssl import config as configs
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a file of configs/, with a :variant."
 )
@@ -50,20 +52,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except Exception as error:
-        sys.exit(_fail(_reason(error)))
-
-
-def _reason(error: Exception) -> str:
-    """What to tell the user; ml_collections wraps what a config file raises."""
-    while isinstance(error.__cause__, Exception) and not isinstance(error, AttributeError):
-        error = error.__cause__
-    if isinstance(error, AttributeError):
-        inner = error.args[0]
-        text = str(inner.args[0] if isinstance(inner, KeyError) else inner)
-        key, *hint = text.splitlines()
-        name = key.strip("\"'")
-        return " ".join([f"The config has no key {name!r}.", *hint])
-    return " ".join(str(error).split()) or type(error).__name__
+        sys.exit(_fail(configs.reason(error)))
 
 
 def _fail(message: str) -> int:

@@ -15,12 +15,17 @@ def box_mask(
     boxes: int = 3,
     area: tuple[float, float] = (0.25, 0.5),
 ) -> jax.Array:
-    """Draw CutMix masks of several boxes (French et al., arXiv:1906.01916; CPS; MKD).
+    """Draw CutMix masks of boxes (French et al., arXiv:1906.01916).
+
+    Several boxes are those of CPS and MKD. One of exactly half of the image (`boxes=1,
+    area=(.5,.5)`) is that of U2PL and RML; U2PL's released code draws its width uniformly.
 
     With p from U(area) and u from U(0,1), a box is H p^u / sqrt(boxes) high and W p^(1-u) /
-    sqrt(boxes) wide: its share of the image is p / boxes and its aspect log-uniform. Its sides are
-    rounded and its place is uniform inside the image. Where boxes overlap they toggle, so with the
-    defaults a mask is True on .250 of the image on average, with a standard deviation of .070.
+    sqrt(boxes) wide: its share of the image is p / boxes and its aspect log-uniform. The width is
+    rounded, then the height is what gives the share best, so the box is at most half a row of its
+    own too large or too small. Its place is uniform inside the image. Where boxes overlap they
+    toggle, so with the defaults a mask is True on .250 of the image on average, with a standard
+    deviation of .070.
 
     Args:
       key: randomness.
@@ -32,12 +37,16 @@ def box_mask(
     Returns:
       bool `[B,H,W]`, True inside an odd number of boxes.
     """
+    H, W = size
     area_key, aspect_key, place_key = jax.random.split(key, 3)
     p = jax.random.uniform(area_key, (batch, boxes), jnp.float32, *area)
     u = jax.random.uniform(aspect_key, (batch, boxes), jnp.float32)
     top, left = jax.random.uniform(place_key, (2, batch, boxes), jnp.float32)
-    rows = _interval(p**u / boxes**0.5, top, size[0])
-    columns = _interval(p ** (1 - u) / boxes**0.5, left, size[1])
+    pixels = p / boxes * (H * W)
+    # Not less than pixels / H, or the height would have to exceed H.
+    width = jnp.maximum(jnp.round(W * p ** (1 - u) / boxes**0.5), jnp.ceil(pixels / H))
+    rows = _interval(jnp.round(pixels / width), top, H)
+    columns = _interval(width, left, W)
     inside = rows[:, :, :, None] & columns[:, :, None, :]
     return inside.sum(1) % 2 == 1
 
@@ -69,12 +78,11 @@ def resize_nearest(mask: jax.Array, size: tuple[int, ...]) -> jax.Array:
     return mask[:, rows][:, :, columns]
 
 
-def _interval(share: jax.Array, place: jax.Array, size: int) -> jax.Array:
-    """Mark a `share` of `size` positions, from first to last as `place` goes from 0 to 1.
+def _interval(length: jax.Array, place: jax.Array, size: int) -> jax.Array:
+    """Mark `length` of `size` positions, from first to last as `place` goes from 0 to 1.
 
     float `[B,boxes]` each -> bool `[B,boxes,size]`.
     """
-    length = jnp.round(share * size)
     start = jnp.round(place * (size - length))
     position = jnp.arange(size)[None, None]
     return (position >= start[..., None]) & (position < (start + length)[..., None])

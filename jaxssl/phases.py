@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
+from jaxssl import auto, logs, methods, models, optim, sharding, train, trained
 from jaxssl import config as configs
-from jaxssl import logs, methods, models, optim, sharding, train
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.config import Config
-from jaxssl.contracts import Plan, UserError, Variables, Weights
+from jaxssl.contracts import DataInfo, Plan, Source, UserError, Variables, Weights
 from jaxssl.data import loading, pipeline
 from jaxssl.data.splits import Split
 from jaxssl.evaluate import Evaluator
+from jaxssl.models import pretrained
 from jaxssl.signals import StopSignal
 from jaxssl.state import TEACHER, TrainState, create, draw
 from jaxssl.sweep import fold
 from jaxssl.train import Run, Stopped
+from jaxssl.watch import Watcher
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> int:
@@ -38,23 +39,26 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> int:
     Raises:
       UserError: a mistake in the config, the data or the workdir.
     """
-    began = time.monotonic()
+    stopwatch = logs.Stopwatch()
     prepare_jax(config)
     path = Path(workdir).expanduser().absolute()
     main_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(logs.create_console(main_process=main_process))
+        stack.enter_context(stopwatch.counting_compilation())
         stop = stack.enter_context(StopSignal(jax.process_count()))
-        current = build(config, path, console, stop, stack)
+        config = auto.resolve(config, path, console.message)
+        current = build(config, path, console, stop, stopwatch, stack)
         try:
-            train_all(current)
+            state = train_all(current)
         except Stopped as stopped:
-            current.checkpoints.wait()
-            console.message(f"Saved. The same command goes on from here: --workdir={path}")
+            _finish(current)
+            step, _ = current.checkpoints.latest() or (0, None)
+            console.message(f"The same command goes on from step {step}: --workdir={path}")
             return 128 + stopped.signal
-        current.checkpoints.wait()
+        _finish(current)
         console.close()  # the last bar stays above the result
-        _report(current, time.monotonic() - began)
+        _report(current, state)
     return 0
 
 
@@ -63,6 +67,7 @@ def build(
     workdir: Path,
     console: logs.Console,
     stop: StopSignal,
+    stopwatch: logs.Stopwatch,
     stack: contextlib.ExitStack,
 ) -> Run:
     """Opens data, networks and workdir; every mistake that can be found before training is found
@@ -73,6 +78,7 @@ def build(
       workdir: is made, with what describes the run; a workdir of another config is refused.
       console: shows progress.
       stop: says when to leave.
+      stopwatch: started with the run.
       stack: closes what is opened.
     """
     method = methods.load(config.method)
@@ -84,21 +90,11 @@ def build(
         name: models.load(configs.model_of(config, name), info.num_classes)
         for name in method.students
     }
-    plan = Plan(
-        sizes={name: len(source) for name, source in sources.items()},
-        batch={"labeled": config.batch.labeled, "unlabeled": config.batch.unlabeled},
-        num_classes=info.num_classes,
-        steps=config.steps,
-        epochs=config.epochs,
-        warmup=config.warmup,
-        crop=tuple(config.crop),
-        seed=config.seed,
-    )
-    phases = method.phases(plan)
+    phases = method.phases(make_plan(config, sources))
     for phase in phases:
         train.make_feeds(config, phase, sources, mesh)
     main_process = jax.process_index() == 0
-    open_workdir(workdir, config, split, main_process=main_process)
+    open_workdir(workdir, config, split, info, main_process=main_process)
     multihost_utils.sync_global_devices("all processes have looked at the workdir")
     tensorboard = config.log.tensorboard
     current = Run(
@@ -111,13 +107,15 @@ def build(
         schedule=optim.make_schedule(config.optimizer),
         sources=sources,
         mesh=mesh,
-        evaluator=Evaluator(nets, sources["val"], mesh, config.eval),
+        evaluator=Evaluator(nets, sources["val"], mesh, config, say=console.message),
+        watcher=Watcher(method, nets, sources, mesh, config),
         checkpoints=stack.enter_context(Checkpoints(workdir / "checkpoints")),
         logger=stack.enter_context(
             logs.Logger(workdir, main_process=main_process, tensorboard=tensorboard)
         ),
         console=console,
         stop=stop,
+        stopwatch=stopwatch,
     )
     console.message(
         f"{config.method.name}: {len(sources['labeled'])} labeled ({split.family}), "
@@ -128,9 +126,25 @@ def build(
     return current
 
 
+def make_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
+    """What a method plans its phases from."""
+    return Plan(
+        sizes={name: len(source) for name, source in sources.items()},
+        batch={"labeled": config.batch.labeled, "unlabeled": config.batch.unlabeled},
+        num_classes=sources["labeled"].info.num_classes,
+        steps=config.steps,
+        epochs=config.epochs,
+        warmup=config.warmup,
+        crop=tuple(config.crop),
+        seed=config.seed,
+    )
+
+
 def train_all(run: Run) -> TrainState:
     """Trains every phase that is not behind the newest checkpoint."""
     index, state = restore_or_create(run)
+    if int(state.step) < run.begin(len(run.phases)):
+        run.console.table("What is trained", *overview(state))
     for i in range(index, len(run.phases)):
         frozen = {
             name: read_weights(run, weights) for name, weights in run.phases[i].frozen.items()
@@ -149,9 +163,8 @@ def restore_or_create(run: Run) -> tuple[int, TrainState]:
     if latest is None:
         everywhere = sharding.replicated(run.mesh)
         key = jax.random.key(run.config.seed)
-        variables = draw(run.nets, key, tuple(run.config.crop), everywhere)
         make = jax.jit(functools.partial(make_state, run, 0), out_shardings=everywhere)
-        return 0, make(variables)
+        return 0, make(draw_networks(run, key))
     step, meta = latest
     phases = [[phase.name, phase.steps] for phase in run.phases]
     if meta["phases"] != phases:
@@ -170,6 +183,54 @@ def restore_or_create(run: Run) -> tuple[int, TrainState]:
         f"Resumed at step {step} of {run.begin(len(phases))}, in phase {meta['phase']}."
     )
     return index, state
+
+
+def overview(state: TrainState) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of a table of what a state consists of, and how large it is."""
+
+    def size(tree: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    def memory(*trees: Any) -> str:
+        return logs.memory(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees)))
+
+    rows = []
+    for name in (*state.params, *(TEACHER + name for name in state.teacher_params)):
+        params, stats = state.network(name)
+        total, backbone = size(params), size(params["backbone"])
+        counts = (f"{count:,}" for count in (total, backbone, total - backbone))
+        rows.append((name, *counts, memory(params, stats)))
+    rows.append(("optimizer", "", "", "", memory(state.opt_state)))
+    if state.extra:
+        rows.append(("the method's own", "", "", "", memory(state.extra)))
+    rows.append(("total", "", "", "", memory(state)))
+    return ("", "parameters", "backbone", "head", "memory"), rows
+
+
+def draw_networks(run: Run, key: jax.Array) -> dict[str, Variables]:
+    """What students begin with: random variables, and where the config names pretrained weights,
+    those in the backbone, as NumPy arrays.
+    """
+    networks = draw(run.nets, key, tuple(run.config.crop), sharding.replicated(run.mesh))
+    of_student = {name: configs.model_of(run.config, name) for name in networks}
+    wanted = {
+        (model["backbone"], model["pretrained"])
+        for model in of_student.values()
+        if model["pretrained"]
+    }
+    for backbone, weights in sorted(wanted):
+        students = {
+            name: networks[name]
+            for name, model in of_student.items()
+            if (model["backbone"], model["pretrained"]) == (backbone, weights)
+        }
+        loaded, report = pretrained.load(backbone, weights, students)
+        networks |= loaded
+        run.console.message(
+            f"{backbone} of {', '.join(students)} starts from {weights} weights: "
+            f"{len(report.loaded)} arrays, {len(report.unused)} of the file not used."
+        )
+    return networks
 
 
 def make_state(run: Run, index: int, variables: Mapping[str, Variables]) -> TrainState:
@@ -195,8 +256,7 @@ def enter(run: Run, index: int, state: TrainState) -> TrainState:
         state = state.with_network(name, read_weights(run, weights))
     if phase.reinitialize:
         key = jax.random.fold_in(jax.random.key(run.config.seed), run.begin(index))
-        everywhere = sharding.replicated(run.mesh)
-        drawn = draw(run.nets, key, tuple(run.config.crop), everywhere)
+        drawn = draw_networks(run, key)
         for name in phase.reinitialize:
             state = state.with_network(name, drawn[name])
     extra = sweep_all(run, index, state)
@@ -222,7 +282,7 @@ def sweep_all(run: Run, index: int, state: TrainState) -> Mapping[str, Any]:
         update = functools.partial(jax.jit(functools.partial(sweep.update, run.nets)), networks)
         batches = pipeline.in_order(
             run.sources[sweep.source],
-            run.config.eval.batch,
+            sharding.round_up(run.config.eval.batch, run.mesh),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -233,18 +293,20 @@ def sweep_all(run: Run, index: int, state: TrainState) -> Mapping[str, Any]:
 
 def read_weights(run: Run, weights: Weights) -> Variables:
     """Reads one network of an earlier phase from its checkpoint."""
-    student = weights.network.removeprefix(TEACHER)
-    prefix = TEACHER if weights.network.startswith(TEACHER) else ""
-    index = [phase.name for phase in run.phases].index(weights.phase)
     run.checkpoints.wait()
-    shapes, step = abstract_state(run, index).network(weights.network), run.step_of(weights)
-    params = run.checkpoints.restore_part(step, (f"{prefix}params", student), shapes.params)
-    return Variables(
-        params, run.checkpoints.restore_part(step, (f"{prefix}stats", student), shapes.stats)
+    return trained.read_network(
+        run.checkpoints,
+        run.step_of(weights),
+        weights.network,
+        run.nets[weights.network.removeprefix(TEACHER)],
+        tuple(run.config.crop),
+        sharding.replicated(run.mesh),
     )
 
 
-def open_workdir(workdir: Path, config: Config, split: Split, *, main_process: bool) -> None:
+def open_workdir(
+    workdir: Path, config: Config, split: Split, info: DataInfo, *, main_process: bool
+) -> None:
     """Writes what describes the run, or makes sure that the workdir belongs to it."""
     current = json.loads(config.to_json_best_effort())
     stored = workdir / "config.json"
@@ -263,22 +325,30 @@ def open_workdir(workdir: Path, config: Config, split: Split, *, main_process: b
             f"The images differ from those in {splits}: the data changed since the run began. "
             "Restore them, or choose another --workdir."
         )
+    if (workdir / "classes.json").exists() and trained.read_classes(workdir) != info:
+        raise UserError(
+            f"The classes differ from those in {workdir / 'classes.json'}: the data changed since "
+            "the run began. Restore them, or choose another --workdir."
+        )
     if main_process:
         workdir.mkdir(parents=True, exist_ok=True)
         stored.write_text(json.dumps(current, indent=1) + "\n")
         splits.write_text(split.to_json())
+        trained.write_classes(workdir, info)
         (workdir / "environment.json").write_text(json.dumps(logs.environment(), indent=1) + "\n")
 
 
 def prepare_jax(config: Config) -> None:
     """Joins the other processes, and keeps compiled programs for the next start."""
-    if config.distributed:
-        # TPU pods, Slurm and others say all of this themselves; elsewhere the environment does.
-        count, rank = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(
-            num_processes=None if count is None else int(count),
-            process_id=None if rank is None else int(rank),
-        )
+    if config.distributed not in ("auto", "on", "off"):
+        raise UserError(f"Unknown distributed={config.distributed!r}. There are: auto, on, off.")
+    if config.distributed == "on" or (config.distributed == "auto" and has_peers(os.environ)):
+        join_peers()
+    keep_compiled(config)
+
+
+def keep_compiled(config: Config) -> None:
+    """Keeps compiled programs on disk for the next start, where the config says."""
     cache = config.compilation_cache
     if cache == "auto":
         home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
@@ -287,17 +357,69 @@ def prepare_jax(config: Config) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def _report(run: Run, seconds: float) -> None:
+def has_peers(environment: Mapping[str, str]) -> bool:
+    """Whether the environment says that this is one of several processes of a run.
+
+    It does by JAX_COORDINATOR_ADDRESS (as `launch/local.sh` sets it), in a Slurm step of several
+    tasks, and on a TPU pod of GKE. A TPU VM is silent about it: `launch/tpu_vm.sh` sets
+    `config.distributed` to "on".
+    """
+    return (
+        "JAX_COORDINATOR_ADDRESS" in environment
+        or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    )
+
+
+def join_peers() -> None:
+    """Starts jax.distributed by what the environment says.
+
+    Raises:
+      UserError: the environment does not say enough, or the other processes did not come.
+    """
+    # TPU pods, Slurm and Open MPI say all of this themselves; elsewhere these variables do.
+    count, rank = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if rank is None else int(rank),
+            # An error in one process ends all of them only after this; jax's default is 5 minutes.
+            shutdown_timeout_seconds=30,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"The processes of this run cannot join: {error} Start them by launch/local.sh, "
+            "launch/slurm.sh or launch/tpu_vm.sh; or set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID in each; or use --config.distributed=off."
+        ) from error
+
+
+def _finish(run: Run) -> None:
+    """Waits for the disk, and adds where the time of this start went to time.jsonl."""
+    with run.stopwatch("checkpoint"):
+        run.checkpoints.wait()
+    seconds = {name: round(value, 3) for name, value in run.stopwatch.seconds().items()}
+    step, _ = run.checkpoints.latest() or (0, None)
+    if jax.process_index() == 0:
+        with (run.workdir / "time.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "seconds": seconds}) + "\n")
+
+
+def _report(run: Run, state: TrainState) -> None:
     """Ends a run by saying its result, where the pictures are, and what to do next."""
     last = run.phases[-1]
     step, best = run.begin(len(run.phases)), run.best[last.name]
-    minutes, seconds = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(sum(run.stopwatch.seconds().values())), 60)
     lines = [
         f"Done: step {step}, {minutes}:{seconds:02d} min. Network {best['network']} on val, "
-        f"{run.config.eval.mode} image: mIoU {100 * best['last']:.2f} at the end, "
+        f"{run.evaluator.how}: mIoU {100 * best['last']:.2f} at the end, "
         f"{100 * best['miou']:.2f} at its best (step {best['step']}).",
         f"Metrics:  {run.workdir / 'metrics.jsonl'}, and tensorboard --logdir {run.workdir}",
     ]
+    if "training" in (shares := run.stopwatch.percent()):
+        lines.append(f"Time:     {', '.join(f'{name} {n} %' for name, n in shares.items())}")
+    if skipped := int(state.skipped):
+        lines.append(f"Skipped:  {skipped} updates, whose loss or gradient was not finite")
     if (pictures := train.panel_path(run.workdir, step)).exists():
         lines.append(f"Pictures: {pictures}")
     lines += [f"Next:     {hint}" for hint in run.config.next]

@@ -39,6 +39,11 @@ def to_devices(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
+def round_up(batch: int, mesh: Mesh) -> int:
+    """The next number of images that splits evenly over the devices."""
+    return -(-batch // mesh.size) * mesh.size
+
+
 def check_batch(stream: Stream, accumulate: int, mesh: Mesh) -> None:
     """Refuses a batch that does not split evenly into micro-batches over the devices."""
     if stream.batch % (accumulate * mesh.size):

@@ -1,4 +1,4 @@
-"""The training step and the prediction step: pure functions of arrays, jitted by their callers."""
+"""The training step: a pure function of arrays, jitted by its caller."""
 
 from __future__ import annotations
 
@@ -117,19 +117,6 @@ def make_train_step(
         return state, {**metrics, "learning_rate": (rate, one), "skipped": (1.0 - finite, one)}
 
     return step
-
-
-def make_predict_step(net: Network) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
-    """Makes `predict(variables, image, valid) -> logits` at the size of the image, float32
-    `[B,H,W,C]`.
-    """
-
-    def predict(variables: Variables, image: jax.Array, valid: jax.Array) -> jax.Array:
-        outputs, _ = net.apply(*variables, image, valid=valid, batch_stats=False)
-        _, height, width, _ = image.shape
-        return net.resize(outputs.logits, (height, width))
-
-    return predict
 
 
 def _updated(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxssl import panels, sharding
+from jaxssl import panels, sharding, watch
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.config import Config
-from jaxssl.contracts import Method, Network, Phase, Source, Variables, Weights
-from jaxssl.data import loading, pipeline
+from jaxssl.contracts import Batch, Method, Network, Phase, Source, Variables, Weights
+from jaxssl.data import loading, pipeline, quarantine
 from jaxssl.data.transforms import Augment
 from jaxssl.evaluate import Evaluation, Evaluator
-from jaxssl.logs import Console, Logger, MetricSums
+from jaxssl.logs import Console, Logger, MetricSums, Stopwatch, memory
 from jaxssl.optim import Schedule
 from jaxssl.signals import StopSignal
 from jaxssl.state import TEACHER, TrainState
 from jaxssl.step import Clock, make_train_step
+from jaxssl.watch import SkippedUpdates, Watched, Watcher, ZeroLosses
 
 
 class Stopped(Exception):  # noqa: N818
@@ -50,10 +53,12 @@ class Run:
       sources: "labeled", "unlabeled" and "val".
       mesh: the devices.
       evaluator: of all networks on "val".
+      watcher: looks at what the method teaches, there too.
       checkpoints: of this run.
       logger: of metrics.
       console: of words.
       stop: asks whether to leave.
+      stopwatch: where the time of this start goes.
       best: phase name -> {"step", "miou", "network", "last"}: the headline's best evaluation so far
         and the mIoU of its last one.
     """
@@ -68,10 +73,12 @@ class Run:
     sources: Mapping[str, Source]
     mesh: Mesh
     evaluator: Evaluator
+    watcher: Watcher
     checkpoints: Checkpoints
     logger: Logger
     console: Console
     stop: StopSignal
+    stopwatch: Stopwatch
     best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def begin(self, index: int) -> int:
@@ -100,46 +107,58 @@ def train_phase(
 
     Raises:
       Stopped: after saving, on a signal.
-      UserError: the data cannot be read.
+      UserError: the data cannot be read, or nothing finite has come of too many steps.
     """
     phase, config, begin = run.phases[index], run.config, run.begin(index)
     step, end = int(state.step), begin + phase.steps
     clock = jax.device_put(Clock.of(phase, begin), sharding.replicated(run.mesh))
-    train_step = compile_step(run, phase)
-    sums, first = MetricSums(), True
+    sums, zeros = MetricSums(), ZeroLosses(phase.name)
+    skips = SkippedUpdates(config.max_skipped, run.sources)
+    train_step = None
     run.console.phase(phase.name, phase.steps, step - begin)
     with _batches(run, index, start=step - begin) as batches:
-        for rows in batches:
-            batch = sharding.to_devices(rows, run.mesh)
-            if first:
-                run.console.message(f"{phase.name}: compiling; the next start takes less time.")
-                check_fixed_point(train_step, state, frozen, batch, clock)
-                first = False
-            state, metrics = train_step(state, frozen, batch, clock)
-            sums.add(metrics)
-            step += 1
+        for rows in _timed(batches, run.stopwatch, skips):
+            with run.stopwatch("training"):
+                batch = sharding.to_devices(rows, run.mesh)
+                train_step = train_step or compile_step(run, phase, state, frozen, batch, clock)
+                state, metrics = train_step(state, frozen, batch, clock)
+                step += 1
+                sums.add(metrics)
+                skips.add(step, metrics, rows)
+                skips.wait()
             done, last = step - begin, step == end
             run.console.step(done)
-            if done % config.log.every == 0 or last:
-                values = sums.reduce()
-                run.console.report(done, _some(values, "loss", "learning_rate"))
-                run.logger.write(
-                    step, phase.name, {f"train/{name}": value for name, value in values.items()}
-                )
-            improved = False
-            if done % config.eval.every == 0 or last:
-                improved = evaluate(run, phase, state, step, everything=last)
+            logs, evaluates, saves = (
+                last or done % every == 0
+                for every in (config.log.every, config.eval.every, config.checkpoint.every)
+            )
+            if logs or evaluates or saves:
+                with run.stopwatch("training"):  # what the device still has to do is not evaluation
+                    skips.in_a_row()
+            if logs:
+                report(run, phase, state, done, sums.reduce(), zeros)
+            improved = evaluates and evaluate(
+                run, index, state, step, everything=last, trusted=last or not skips.in_a_row()
+            )
             stop = run.stop.should_stop(step)
-            if done % config.checkpoint.every == 0 or last or improved or stop:
+            # Weights that give nothing finite must not replace the last ones that did.
+            if last or improved or ((saves or stop) and not skips.in_a_row()):
                 save(run, index, state, step)
             if stop and run.stop.received is not None:
                 raise Stopped(run.stop.received)
     return state
 
 
-def compile_step(run: Run, phase: Phase) -> Any:
-    """The phase's step under jit: the state on every device and donated, batches split over the
-    devices.
+def compile_step(
+    run: Run,
+    phase: Phase,
+    state: TrainState,
+    frozen: Mapping[str, Variables],
+    batch: Batch,
+    clock: Clock,
+) -> Any:
+    """The phase's step, compiled for arguments like these: the state on every device and donated,
+    batches split over the devices. Says what memory it takes.
     """
     config = run.config
     everywhere, rows = sharding.replicated(run.mesh), sharding.batched(run.mesh)
@@ -153,43 +172,87 @@ def compile_step(run: Run, phase: Phase) -> Any:
         seed=config.seed,
         accumulate=config.batch.accumulate,
     )
-    return jax.jit(
+    jitted = jax.jit(
         step,
         in_shardings=(everywhere, everywhere, rows, everywhere),
         out_shardings=everywhere,
         donate_argnums=0,
     )
+    run.console.message(f"{phase.name}: compiling; the next start takes less time.")
+    with run.stopwatch("compilation"):
+        lowered = jitted.lower(state, frozen, batch, clock)
+        check_fixed_point(state, lowered.out_info[0])
+        compiled = lowered.compile()
+    run.console.message(f"{phase.name}: {memory_estimate(compiled)}")
+    return compiled
 
 
-def evaluate(run: Run, phase: Phase, state: TrainState, step: int, *, everything: bool) -> bool:
-    """Evaluates the headline network, or all, writes panels, and says whether the headline is the
-    phase's best.
+def memory_estimate(compiled: jax.stages.Compiled) -> str:
+    """What the compiler says that a call of the step takes, in words."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return "this backend does not say how much memory a step takes."
+    given, work = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    total = given + work + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return (
+        f"a step takes about {memory(total)} of memory on each device: state and batch "
+        f"{memory(given)}, intermediate results {memory(work)}."
+    )
+
+
+def report(
+    run: Run,
+    phase: Phase,
+    state: TrainState,
+    done: int,
+    values: Mapping[str, float],
+    zeros: ZeroLosses,
+) -> None:
+    """Logs the metrics since the last report, `done` steps into the phase."""
+    # An interval in which every step was skipped has no loss.
+    shown = {name: values[name] for name in ("loss", "learning_rate") if name in values}
+    if skipped := int(state.skipped):
+        shown["skipped"] = skipped
+    run.console.report(done, shown)
+    named = {f"train/{name}": value for name, value in values.items()}
+    run.logger.write(int(state.step), phase.name, named)
+    for warning in zeros.add(values):
+        run.console.message(warning)
+
+
+def evaluate(
+    run: Run, index: int, state: TrainState, step: int, *, everything: bool, trusted: bool
+) -> bool:
+    """Evaluates the headline network, or all, looks at what the method teaches, and writes panels.
+
+    Args:
+      run: `run.best` is updated.
+      index: of the phase.
+      state: at `step`.
+      step: of the run.
+      everything: evaluates all networks.
+      trusted: whether these weights may be the best.
+
+    Returns:
+      Whether the headline is the phase's best.
     """
+    phase = run.phases[index]
     headline = phase.headline or run.method.headline
     names = [headline]
     if everything:
         teachers = [TEACHER + name for name in run.method.teachers]
         names += [name for name in (*run.method.students, *teachers) if name != headline]
-    scores = {name: run.evaluator(name, state.network(name)) for name in names}
-    values = {"val/miou": scores[headline].miou}
-    for name, score in scores.items():
-        values |= _score_values(name, score, run.sources["val"].info.classes)
-    run.logger.write(step, phase.name, values)
+    with run.stopwatch("evaluation"):
+        scores = {name: run.evaluator(name, state.network(name)) for name in names}
+        watched = run.watcher(state, (step - run.begin(index)) / phase.steps)
+        _log_scores(run, phase, step, scores, watched)
+        _show_scores(run, f"{phase.name}: ", step, scores, watched, everything=everything)
+        if run.config.eval.panels and jax.process_count() == 1:
+            write_panels(run, headline, state, step)
     best = scores[headline]
-    run.console.iou_table(
-        run.sources["val"].info.classes,
-        best.iou,
-        best.present,
-        title=f"{phase.name}: {headline} on val, {best.mode} image, step {step}",
-    )
-    if everything and len(scores) > 1:
-        rows = [(name, f"{100 * score.miou:.2f}") for name, score in scores.items()]
-        run.console.table(f"{phase.name}: all networks", ("network", "mIoU"), rows)
-    if run.config.eval.panels and jax.process_count() == 1:
-        write_panels(run, headline, state, step)
     record = run.best.setdefault(phase.name, {"step": 0, "miou": -1.0, "network": headline})
     record["last"] = best.miou
-    improved = best.miou > record["miou"]
+    improved = trusted and best.miou > record["miou"]
     if improved:
         record.update(step=step, miou=best.miou)
     return improved
@@ -252,7 +315,8 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
         "best": run.best,
         "config": run.config.to_dict(),
     }
-    run.checkpoints.save(step, state, meta)
+    with run.stopwatch("checkpoint"):
+        run.checkpoints.save(step, state, meta)
 
 
 def make_feeds(
@@ -262,17 +326,21 @@ def make_feeds(
     augment = Augment(
         crop=tuple(config.crop), scale=tuple(config.augment.scale), flip=config.augment.flip
     )
-    feeds = [pipeline.Feed(stream, sources[stream.name], augment) for stream in phase.streams]
-    for feed in feeds:
-        sharding.check_batch(feed.stream, config.batch.accumulate, mesh)
-        pipeline.check(feed, config.seed, jax.process_count())
+    feeds = []
+    for stream in phase.streams:
+        source = sources[stream.name]
+        limit = quarantine.allowed(config.data.max_damaged, len(source))
+        feeds.append(pipeline.Feed(stream, source, augment, limit))
+        sharding.check_batch(stream, config.batch.accumulate, mesh)
+        pipeline.check(feeds[-1], config.seed, jax.process_count())
     return feeds
 
 
 def _batches(run: Run, index: int, *, start: int) -> pipeline.Batches:
     config, phase = run.config, run.phases[index]
+    feeds = make_feeds(config, phase, run.sources, run.mesh)
     return pipeline.batches(
-        make_feeds(config, phase, run.sources, run.mesh),
+        feeds,
         seed=config.seed,
         phase_index=index,
         start=start,
@@ -281,12 +349,85 @@ def _batches(run: Run, index: int, *, start: int) -> pipeline.Batches:
         process_count=jax.process_count(),
         workers=config.data.workers,
         threads=config.data.threads,
+        on_damage=_quarantine(run, index, feeds).add,
     )
 
 
-def _some(values: Mapping[str, float], *names: str) -> dict[str, float]:
-    """What there is of some values: an interval in which every step was skipped has no loss."""
-    return {name: values[name] for name in names if name in values}
+def _quarantine(run: Run, index: int, feeds: Sequence[pipeline.Feed]) -> quarantine.Quarantine:
+    process = jax.process_index()
+    return quarantine.Quarantine(
+        run.workdir,
+        run.phases[index].name,
+        run.begin(index),
+        {feed.stream.name: feed.max_damaged for feed in feeds},
+        # The console of the other processes is silent, but what they read they alone know.
+        say=functools.partial(print, file=sys.stderr) if process else run.console.message,
+        process_index=process,
+    )
+
+
+def _timed(
+    batches: pipeline.Batches, stopwatch: Stopwatch, skips: SkippedUpdates
+) -> Iterator[Mapping[str, Mapping[str, np.ndarray]]]:
+    """The batches. Waiting for one counts as data wait where the device ran out of work in it, and
+    as training where it did not: the host is ahead of it, and nothing was lost.
+    """
+    while True:
+        with stopwatch("data wait") as lap:
+            rows = next(batches, None)
+            if skips.device_is_busy():
+                lap.name = "training"
+        if rows is None:
+            return
+        yield rows
+
+
+def _log_scores(
+    run: Run,
+    phase: Phase,
+    step: int,
+    scores: Mapping[str, Evaluation],
+    watched: Watched | None,
+) -> None:
+    """Writes one line of metrics; the first network of `scores` is the headline."""
+    classes = run.sources["val"].info.classes
+    headline = next(iter(scores.values()))
+    values: dict[str, float | str] = {"eval/mode": headline.mode, "val/miou": headline.miou}
+    for name, score in scores.items():
+        values |= _score_values(name, score, classes)
+    if watched is not None:
+        values |= watched.values(classes)
+    for name in run.method.teachers:
+        if {name, TEACHER + name} <= scores.keys():
+            values[f"watch/gap/{name}/miou"] = scores[TEACHER + name].miou - scores[name].miou
+    run.logger.write(step, phase.name, values)
+
+
+def _show_scores(
+    run: Run,
+    title: str,
+    step: int,
+    scores: Mapping[str, Evaluation],
+    watched: Watched | None,
+    *,
+    everything: bool,
+) -> None:
+    """Prints the headline by class and, at the end of a phase, all that there is."""
+    classes, (headline, best) = run.sources["val"].info.classes, next(iter(scores.items()))
+    run.console.iou_table(
+        classes,
+        best.iou,
+        best.present,
+        title=f"{title}{headline} on val, {best.mode}, step {step}",
+    )
+    if everything and len(scores) > 1:
+        rows = [(name, f"{100 * score.miou:.2f}") for name, score in scores.items()]
+        run.console.table(f"{title}all networks, {best.mode}", ("network", "mIoU"), rows)
+    if watched is not None:
+        run.console.message(f"{title}{watched.line()}")
+        if everything:
+            table = watched.rows(classes)
+            run.console.table(f"{title}pseudo-labels of {watched.labeler}", watch.COLUMNS, table)
 
 
 def _score_values(name: str, score: Evaluation, classes: Sequence[str]) -> dict[str, float]:
@@ -298,13 +439,16 @@ def _score_values(name: str, score: Evaluation, classes: Sequence[str]) -> dict[
     return {f"val/{name}/miou": score.miou, **per_class}
 
 
-def check_fixed_point(step: Any, state: TrainState, *rest: Any) -> None:
+def check_fixed_point(state: TrainState, after: Any) -> None:
     """Makes sure that a step keeps the state's shapes and dtypes; orbax would cast silently.
+
+    Args:
+      state: before a step.
+      after: shapes and dtypes of the state after it.
 
     Raises:
       TypeError: names the leaves that a method changes.
     """
-    after = jax.eval_shape(step, state, *rest)[0]
     before, structure = jax.tree_util.tree_flatten_with_path(state)
     if jax.tree.structure(after) != structure:
         raise TypeError("The step returns a state of another structure than it got.")

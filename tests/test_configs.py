@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxssl import auto, methods, models, optim
 from jaxssl import config as configs
-from jaxssl import methods, models, optim
 from jaxssl.contracts import Plan, UserError
+from jaxssl.data import masks, tfds
+from jaxssl.data.folder import Facts
 from jaxssl.state import create
 from jaxssl.step import Clock, make_train_step
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*_cityscapes.py"))
+FOLDERS = sorted(path.stem for path in (ROOT / "configs").glob("*_folder.py"))
 SPLITS = ("1_16", "1_8", "1_4", "1_2")
 
 
@@ -96,19 +99,83 @@ def test_variants_say_what_they_are(name):
     assert tuple(streets.crop) == tuple(streets.data.size)
 
 
+def settled(name, arg, classes=3):
+    """A folder's config with everything chosen, for a few small images."""
+    table = tuple(f"class {i}" for i in range(classes))
+    facts = Facts(12, 30, ((48, 70), (64, 96)), table, ())
+    return auto.choose(get_config(name, arg), facts)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("mkd_folder", 2), ("mkd_folder", 150), ("cps_folder", 150), ("supervised_folder", 2)],
+)
+def test_folders_of_few_and_many_classes_train(name, classes):
+    config = settled(name, "small", classes)
+    for before, after, metrics in trace(config, classes):
+        assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+        assert metrics["loss"][0].shape == ()
+    assert classes in jax.tree.leaves(jax.tree.map(jnp.shape, before.params["a"]))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_variants_of_folders(name):
+    backbones = {arg: get_config(name, arg).model.backbone for arg in ("small", "r50", "r101")}
+    assert backbones == {"small": "resnet10", "r50": "resnet50", "r101": "resnet101"}
+    assert get_config(name).model == get_config(name, "r50").model
+    assert get_config(name, "small").limits.crop < get_config(name).limits.crop
+    for arg in ("pretrained", "small,pretrained"):
+        config = settled(name, arg)
+        assert config.model.pretrained
+        assert config.warmup == 0
+    assert settled(name, "small").warmup > 0
+
+
 @pytest.mark.parametrize("name", FILES)
+def test_pretrained_swaps_the_backbone(name):
+    full, demo = get_config(name, "pretrained,1_8"), get_config(name, "streets,pretrained")
+    for config in (full, demo):
+        assert config.model.backbone == "efficientnet_lite0"
+        assert config.model.pretrained == "imagenet"
+        assert config.optimizer.learning_rate == 0.01
+    assert (full.data.name, full.data.split, full.model.channels) == ("cityscapes", "1_8", 256)
+    assert (demo.data.name, demo.model.channels) == ("streets", 48)
+    assert all("streets," not in hint or "pretrained" in hint for hint in demo.next)
+    with pytest.raises(UserError, match="'r101' and 'pretrained' exclude each other"):
+        get_config(name, "r101,pretrained")
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS, "mkd_pets"])
 def test_docstrings_give_command_cost_and_published_figure(name):
     text = load(name).__doc__
     for word in ("Command", "python -m jaxssl.main", "Cost:", "Published"):
         assert word in text
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS, "mkd_pets"])
 def test_configs_list_every_field_of_their_method(name):
     config = get_config(name)
     method = methods.load(config.method)
     fields = set(vars(method)) - {"teacher_stats", "auxiliary_weight"}
     assert fields <= set(config.method), fields - set(config.method)
+
+
+def test_pets_are_read_by_tfds():
+    config = get_config("mkd_pets")
+    assert set(tfds.DEFAULTS) <= set(config.data)
+    table = masks.parse(config.data.classes, config.data.ignore, "")
+    # The data set's trimap: 1 pet, 2 background, 3 border.
+    assert table.labels_of_values() == {1: 1, 2: 0, 3: 255, 255: 255}
+    assert config.data.split == "1_16"
+    assert config.data.splits.val == "test"
+    assert get_config("mkd_pets", "1_64").data.split == "1_64"
+
+
+@pytest.mark.parametrize("arg", ["small", "r50", "pretrained", "small,pretrained"])
+def test_variants_of_pets(arg):
+    config = get_config("mkd_pets", arg)
+    assert (config.warmup == 0) == bool(config.model.pretrained) == ("pretrained" in arg)
+    assert (config.eval.mode == "half_res") == ("small" in arg)
 
 
 def test_mkd_defaults_are_the_papers():

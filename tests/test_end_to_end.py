@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxssl.checkpoint import Checkpoints
 
@@ -136,6 +137,10 @@ def test_a_run_says_its_result_and_writes_its_files(finished):
     assert list((workdir / "tensorboard").iterdir())
     for name in ("a", "b", "teacher_a", "teacher_b"):
         assert 0 <= last[f"val/{name}/miou"] <= 1
+    for name in ("pseudo/coverage", "pseudo/kept", "coupling", "gap/a"):
+        assert 0 <= last[f"watch/{name}"] <= 1
+    gap = last["val/teacher_a/miou"] - last["val/a/miou"]
+    assert last["watch/gap/a/miou"] == pytest.approx(gap)
     stored = json.loads((workdir / "config.json").read_text())
     assert stored["method"]["name"] == "mkd"
     split = json.loads((workdir / "splits.json").read_text())
@@ -169,12 +174,38 @@ def test_a_signal_saves_and_leaves(environment, tmp_path, number):
         assert checkpoints.latest()[0] == lines(workdir)[-1]["step"]
 
 
+def test_a_diverging_run_stops_and_names_images(environment, tmp_path):
+    workdir, config = tmp_path / "diverging", "configs/supervised_cityscapes.py:streets"
+    rate = {"optimizer.learning_rate": 1e30, "max_skipped": 3, "log.every": 5}
+    done = run(command(workdir, config, **rate), environment)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "steps 2 to 4, 3 updates in a row were skipped" in done.stderr
+    labeled = json.loads((workdir / "splits.json").read_text())["labeled"]
+    assert any(image_id in done.stderr for image_id in labeled)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == ()
+
+
 def test_finished_run_says_its_result_again(finished, environment):
     workdir, printed = finished
     again = run(command(workdir), environment)
     assert again.returncode == 0, again.stderr
     result = next(line for line in printed.splitlines() if line.startswith("Done: "))
     assert result.partition("Network")[2] in again.stdout
+
+
+def test_images_of_ones_own_are_labeled(finished, environment, tmp_path):
+    images, out = tmp_path / "in", tmp_path / "out"
+    images.mkdir()
+    Image.fromarray(np.full((30, 70, 3), 90, np.uint8)).save(images / "gray.jpg")
+    (images / "broken.jpg").write_text("no picture")
+    predict = [sys.executable, "-m", "jaxssl.predict", f"--workdir={finished[0]}"]
+    done = run([*predict, f"--input={images}", f"--output={out}"], environment)
+    assert done.returncode == 1, done.stderr
+    assert "broken.jpg cannot be read" in done.stdout
+    assert not done.stderr
+    assert np.asarray(Image.open(out / "labels" / "gray.png")).shape == (30, 70)
 
 
 def test_training_from_a_written_tree_equals_training_from_memory(finished, environment, tmp_path):
@@ -191,6 +222,30 @@ def test_training_from_a_written_tree_equals_training_from_memory(finished, envi
     done = run(command(workdir, **{"data.name": "cityscapes", "data.root": tree}), environment)
     assert done.returncode == 0, done.stderr
     assert_same_run(workdir, finished[0])
+
+
+def test_damaged_files_are_named_and_others_stand_in(finished, environment, tmp_path):
+    tree, workdir = tmp_path / "tree", tmp_path / "w"
+    prepare = [sys.executable, "-m", "jaxssl.prepare", "streets", f"--out={tree}", "--size=32,64"]
+    assert run([*prepare, "--train=20", "--val=4"], environment).returncode == 0
+    split = json.loads((finished[0] / "splits.json").read_text())
+    label = next(tree.glob(f"gtFine/train/*/{split['labeled'][0]}_gtFine_labelIds.png"))
+    image = next(tree.glob(f"leftImg8bit/train/*/{split['unlabeled'][0]}_*.png"))
+    for path in (label, image):
+        path.write_bytes(path.read_bytes()[:-50])
+    data = {"data.name": "cityscapes", "data.root": tree}
+    refused = run(command(workdir, **data, **{"data.max_damaged": 0}), environment)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    assert str(label) in refused.stderr or str(image) in refused.stderr
+    done = run(command(workdir, **data), environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("another image stands in") == 2
+    noted = [json.loads(line) for line in (workdir / "quarantine.jsonl").read_text().splitlines()]
+    assert {(line["stream"], line["id"]) for line in noted} == {
+        ("labeled", split["labeled"][0]),
+        ("unlabeled", split["unlabeled"][0]),
+    }
 
 
 REFUSED = {

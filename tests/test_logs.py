@@ -1,5 +1,6 @@
 """Metrics on disk, on TensorBoard, and on the console."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import pty
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxssl.logs import Console, Logger, MetricSums, create_console, environment
+from jaxssl.logs import (
+    Console,
+    Logger,
+    MetricSums,
+    Stopwatch,
+    create_console,
+    environment,
+    memory,
+)
 
 
 def lines(workdir):
@@ -65,10 +75,10 @@ def test_metrics_file(tmp_path):
     with Logger(tmp_path / "new", tensorboard=False) as logger:
         logger.write(10, "warmup", {"train/loss": np.float32(0.5), "train/kept": 1})
         assert len(lines(tmp_path / "new")) == 1  # without waiting for the end
-        logger.write(20, "main", {"train/loss": np.nan, "val/miou": np.inf})
+        logger.write(20, "main", {"train/loss": np.nan, "val/miou": np.inf, "eval/mode": "whole"})
     assert lines(tmp_path / "new") == [
         {"step": 10, "phase": "warmup", "train/loss": 0.5, "train/kept": 1.0},
-        {"step": 20, "phase": "main", "train/loss": None, "val/miou": None},
+        {"step": 20, "phase": "main", "train/loss": None, "val/miou": None, "eval/mode": "whole"},
     ]
     assert not (tmp_path / "new" / "tensorboard").exists()
 
@@ -139,6 +149,60 @@ class Clock:
         return self.now
 
 
+def test_stopwatch():
+    clock = Clock()
+    stopwatch = Stopwatch(clock=clock)
+
+    def wait(seconds):
+        clock.now += seconds
+
+    wait(1)
+    with contextlib.suppress(KeyError), stopwatch("evaluation"):
+        wait(10)
+        with stopwatch("training"):  # nested: not evaluation
+            wait(100)
+        wait(20)
+        raise KeyError
+    with stopwatch("data wait") as lap:
+        wait(300)
+        lap.name = "training"
+    with stopwatch("checkpoint"):
+        wait(2)
+        expected = {"other": 1, "evaluation": 30, "training": 400, "checkpoint": 2}
+        assert stopwatch.seconds() == expected  # what is still running counts
+    assert stopwatch.seconds() == expected
+    assert stopwatch.percent() == {"training": 92, "evaluation": 7, "other": 0, "checkpoint": 1}
+
+
+def test_shares_sum_to_a_hundred():
+    clock = Clock()
+    stopwatch = Stopwatch(clock=clock)
+    for name in "abc":
+        with stopwatch(name):
+            clock.now += 1
+    assert sorted(stopwatch.percent().values()) == [0, 33, 33, 34]
+
+
+def test_compilation_is_not_where_it_happens():
+    begin, stopwatch = time.monotonic(), Stopwatch()
+    with stopwatch.counting_compilation(), stopwatch("evaluation"):
+        jax.jit(lambda x: jnp.sin(x) + 0.1234)(jnp.ones(7))
+    seen = stopwatch.seconds()
+    assert sum(seen.values()) <= time.monotonic() - begin  # no second counts twice
+    jax.jit(lambda x: jnp.cos(x) + 0.1234)(jnp.ones(7))  # nobody listens any more
+    assert seen["compilation"] > 0
+    assert seen["evaluation"] >= 0
+    assert stopwatch.seconds()["compilation"] == seen["compilation"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(740, "0.7 kB"), (1_000_000, "1.0 MB"), (12_340_000, "12.3 MB"), (5 * 10**12, "5,000.0 GB")],
+)
+def test_memory(count, text):
+    assert memory(count) == text
+
+
 def test_plain_lines_with_rate_and_time_left():
     out, clock = io.StringIO(), Clock()
     with Console(out, clock=clock) as console:
@@ -182,9 +246,10 @@ def test_rate_forgets_the_distant_past():
 
 def test_plain_table():
     out = io.StringIO()
-    Console(out).table("Result", ["network", "mIoU"], [["a", 0.5], ["teacher_a", "absent"]])
+    rows = [["a", 0.5, "1,200"], ["teacher_a", "absent", ""]]
+    Console(out).table("Result", ["network", "mIoU", "size"], rows)
     assert out.getvalue() == (
-        "Result\n  network      mIoU\n  a             0.5\n  teacher_a  absent\n"
+        "Result\n  network      mIoU   size\n  a             0.5  1,200\n  teacher_a  absent\n"
     )
 
 
@@ -230,6 +295,7 @@ with create_console() as console:
     console.report(60, {"mIoU": 0.25})
     console.message("saved in " + "/path" * 40)
     console.iou_table(["[road]"], [0.5], [True], title="[main]")
+    console.table("a title that is wider than the table", ["a"], [["b"]])
     raise KeyError("training failed")
 """
 
@@ -265,7 +331,8 @@ def test_terminal_is_given_back_after_an_exception():
     assert code == 1
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
     assert text.rindex("KeyError") > text.rindex("60/60")
-    for word in ("warmup", "loss 2.31", "mIoU 0.25", "[main]", "[road]", "50.0", "/path" * 40):
+    words = ("warmup", "loss 2.31", "mIoU 0.25", "[main]", "[road]", "50.0", "/path" * 40)
+    for word in (*words, "a title that is wider than the table"):
         assert word in text
 
 

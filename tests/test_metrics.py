@@ -71,14 +71,14 @@ def test_scores_are_sklearns(absent):
     present = np.setdiff1d(np.arange(C), absent)
     expected = np.full(C, np.nan)
     expected[present] = sklearn.jaccard_score(truth, guess, labels=present, average=None)
-    np.testing.assert_allclose(metrics.iou(confusion), expected)
+    np.testing.assert_allclose(metrics.iou(confusion), expected, rtol=1e-12)
     assert metrics.iou(confusion).dtype == np.float64
-    np.testing.assert_allclose(metrics.mean_iou(confusion), expected[present].mean())
+    np.testing.assert_allclose(metrics.mean_iou(confusion), expected[present].mean(), rtol=1e-12)
     np.testing.assert_allclose(
-        metrics.pixel_accuracy(confusion), sklearn.accuracy_score(truth, guess)
+        metrics.pixel_accuracy(confusion), sklearn.accuracy_score(truth, guess), rtol=1e-12
     )
     expected[present] = sklearn.recall_score(truth, guess, labels=present, average=None)
-    np.testing.assert_allclose(metrics.class_accuracy(confusion), expected)
+    np.testing.assert_allclose(metrics.class_accuracy(confusion), expected, rtol=1e-12)
 
 
 def test_classes_that_occur_on_one_side_only():

@@ -1,9 +1,18 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from jaxssl import mixing
 from jaxssl.sharding import batched, make_mesh
+
+
+def box_mask(seed, *args, **settings):
+    """Compiled, where three boxes of thousands of masks need no memory of their own."""
+    draw = functools.partial(mixing.box_mask, **settings)
+    return np.asarray(jax.jit(draw, static_argnums=(1, 2))(jax.random.key(seed), *args))
 
 
 def reference_mask(rng, size, boxes, area):
@@ -19,12 +28,31 @@ def reference_mask(rng, size, boxes, area):
     return mask
 
 
+def separate_boxes(masks):
+    """Heights and widths `[n,2]` of all boxes, where a mask shows three that do not touch."""
+    sizes = []
+    for mask in masks:
+        parts, count = ndimage.label(mask)
+        found = [part for part in ndimage.find_objects(parts) if mask[part].all()]
+        if count == len(found) == 3:
+            sizes += [[s.stop - s.start for s in part] for part in found]
+    return np.array(sizes)
+
+
 @pytest.fixture(scope="module")
 def masks():
-    return np.asarray(mixing.box_mask(jax.random.key(0), 4000, (64, 128)))
+    return box_mask(0, 4000, (64, 128))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """As many masks by the reference."""
+    rng = np.random.default_rng(0)
+    return np.stack([reference_mask(rng, (64, 128), 3, (0.25, 0.5)) for _ in range(4000)])
 
 
 def test_area_of_three_boxes(masks):
+    """Within four standard errors."""
     area = masks.mean((1, 2))
     assert masks.shape == (4000, 64, 128)
     assert masks.dtype == bool
@@ -32,9 +60,7 @@ def test_area_of_three_boxes(masks):
     assert abs(area.std() - 0.070) < 0.005
 
 
-def test_masks_follow_the_reference_law(masks):
-    rng = np.random.default_rng(0)
-    expected = np.stack([reference_mask(rng, (64, 128), 3, (0.25, 0.5)) for _ in range(4000)])
+def test_masks_follow_the_reference_law(masks, expected):
     q = np.linspace(0, 1, 9)[1:-1]
     np.testing.assert_allclose(
         np.quantile(masks.mean((1, 2)), q), np.quantile(expected.mean((1, 2)), q), atol=0.01
@@ -42,28 +68,61 @@ def test_masks_follow_the_reference_law(masks):
     np.testing.assert_allclose(masks.mean(0), expected.mean(0), atol=0.06)  # six deviations
 
 
+def test_each_of_three_boxes(masks, expected):
+    """Where overlaps leave three rectangles they are no boxes, in about one mask of 30."""
+    boxes, others = separate_boxes(masks), separate_boxes(expected)
+    share, rounding = boxes.prod(1) / (64 * 128), 0.51 * boxes[:, 1] / (64 * 128)
+    assert (share <= 0.5 / 3 + rounding).all()
+    assert (share >= 0.25 / 3 - rounding).mean() > 0.93
+    q = np.linspace(0, 1, 9)[1:-1]
+    aspect, reference = (np.log(sizes[:, 0] / sizes[:, 1]) for sizes in (boxes, others))
+    np.testing.assert_allclose(np.quantile(aspect, q), np.quantile(reference, q), atol=0.2)
+    np.testing.assert_allclose(
+        np.quantile(share, q), np.quantile(others.prod(1) / (64 * 128), q), rtol=0.1
+    )
+
+
 @pytest.mark.parametrize(("size", "area"), [((64, 128), (0.25, 0.5)), ((100, 60), (0.5, 0.5))])
 def test_a_single_box(size, area):
-    """A rectangle inside the image, area as asked, with log-uniform aspect."""
-    masks = np.asarray(mixing.box_mask(jax.random.key(1), 2000, size, boxes=1, area=area))
+    """A rectangle of the area asked for, log-uniform in aspect, anywhere inside the image."""
+    masks = box_mask(1, 2000, size, boxes=1, area=area)
     rows, columns = masks.any(2), masks.any(1)
     np.testing.assert_array_equal(masks, rows[:, :, None] & columns[:, None])
     assert (abs(np.diff(rows.astype(int))).sum(1) <= 2).all()
     height, width = rows.mean(1), columns.mean(1)
-    share = height * width
-    assert share.min() > area[0] - 0.02
-    assert share.max() < area[1] + 0.02
+    share, evenly = height * width, np.linspace(0, 1, 5)
+    np.testing.assert_allclose(np.quantile(share, evenly), np.quantile(area, evenly), atol=0.02)
     exponent = np.log(height) / np.log(share)
-    np.testing.assert_allclose(
-        np.quantile(exponent, np.linspace(0, 1, 5)), np.linspace(0, 1, 5), atol=0.05
-    )
+    np.testing.assert_allclose(np.quantile(exponent, evenly), evenly, atol=0.05)
+    for sides in (rows, columns):
+        room = sides.shape[1] - sides.sum(1)
+        place = sides.argmax(1)[room > 10] / room[room > 10]
+        np.testing.assert_allclose(np.quantile(place, evenly), evenly, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("size", "share"),
+    [
+        ((64, 128), 0.5),
+        ((65, 33), 0.5),
+        ((5, 200), 0.5),
+        ((10, 1), 0.5),
+        ((2, 2), 0.5),
+        ((64, 9), 0.25),  # a box of the full height would be 2.25 wide
+    ],
+)
+def test_the_area_of_a_box_is_exact(size, share):
+    """As near as whole pixels allow: within half a row of the box."""
+    masks = box_mask(7, 2000, size, boxes=1, area=(share, share))
+    pixels, width = masks.sum((1, 2)), masks.any(1).sum(1)
+    assert (abs(pixels - share * size[0] * size[1]) <= width / 2).all()
 
 
 @pytest.mark.parametrize("boxes", [2, 3])
 def test_overlapping_boxes_toggle(boxes):
     """Squares this large all cover the center."""
-    mask = mixing.box_mask(jax.random.key(2), 50, (33, 33), boxes=boxes, area=(1.0, 1.0))
-    assert (np.asarray(mask)[:, 16, 16] == (boxes % 2 == 1)).all()
+    mask = box_mask(2, 50, (33, 33), boxes=boxes, area=(1.0, 1.0))
+    assert (mask[:, 16, 16] == (boxes % 2 == 1)).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int32])

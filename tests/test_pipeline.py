@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -12,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxssl.contracts import DataInfo, Record, Stream, UserError
+from jaxssl.data import quarantine
+from jaxssl.data.files import open_image
 from jaxssl.data.pipeline import Feed, batches, in_order
 from jaxssl.data.transforms import Augment
 
@@ -280,11 +284,47 @@ def test_in_order_gives_each_image_once():
     assert list(in_order(Numbered(()), 2)) == []
 
 
-def test_in_order_groups_sizes():
-    sizes = ((6, 8),) * 3 + ((8, 6),) + ((6, 8),) * 2
-    got = list(in_order(Numbered(sizes), 2))
-    assert [rows(batch) for batch in got] == [[0, 1], [2, -1], [3, -1], [4, 5]]
-    assert [batch["image"].shape[1:3] for batch in got] == [(6, 8), (6, 8), (8, 6), (6, 8)]
+@pytest.mark.parametrize(
+    ("bucket", "expected"),
+    [
+        (1, {(6, 8): [[0, 3], [6, -1]], (8, 6): [[1, -1]], (5, 8): [[2, 5]], (8, 7): [[4, -1]]}),
+        (2, {(6, 8): [[0, 2], [3, 5], [6, -1]], (8, 6): [[1, -1]], (8, 8): [[4, -1]]}),
+        (8, {(8, 8): [[0, 1], [2, 3], [4, 5], [6, -1]]}),
+    ],
+)
+def test_in_order_groups_sizes(bucket, expected):
+    sizes = ((6, 8), (8, 6), (5, 8), (6, 8), (8, 7), (5, 8), (6, 8))
+    got, found = list(in_order(Numbered(sizes), 2, bucket=bucket)), {}
+    for batch in got:
+        found.setdefault(batch["valid"].shape[1:], []).append(batch["index"].tolist())
+    assert found == expected
+    for batch in got:
+        for row, index in enumerate(batch["index"]):
+            height, width = sizes[index] if index >= 0 else (0, 0)
+            inside = np.zeros(batch["valid"].shape[1:], bool)
+            inside[:height, :width] = True
+            np.testing.assert_array_equal(batch["valid"][row], inside)
+            np.testing.assert_array_equal(batch["label"][row], np.where(inside, index, 255))
+            np.testing.assert_array_equal(batch["image"][row, ..., 0], np.where(inside, index, 0))
+
+
+def test_in_order_gives_full_batches_at_once():
+    """An image that cannot be read ends the pass after what was complete before it."""
+    sizes = ((6, 8), (8, 6)) * 4
+    got = in_order(Numbered(sizes, broken=7), 2)
+    assert [next(got)["index"].tolist() for _ in range(3)] == [[0, 2], [1, 3], [4, 6]]
+    with pytest.raises(UserError, match="cannot be read"):
+        next(got)
+
+
+def test_in_order_gives_central_windows():
+    sizes = ((6, 9), (4, 4), (3, 12))
+    (batch,) = in_order(Numbered(sizes), 3, center=(4, 6))
+    assert batch["image"].shape == (3, 4, 6, 3)
+    np.testing.assert_array_equal(batch["image"][0, :, :, 1], [[1, 2, 3, 4, 5, 6]] * 4)
+    np.testing.assert_array_equal(batch["image"][2, 0, :, 1], np.arange(3, 9))
+    np.testing.assert_array_equal(batch["valid"].sum((1, 2)), [24, 16, 18])
+    np.testing.assert_array_equal(batch["label"] == 255, ~batch["valid"])
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
@@ -300,3 +340,165 @@ def test_in_order_refuses_sizes_that_differ_between_processes():
     source = Numbered(((6, 8),) * 3 + ((8, 6),))
     with pytest.raises(UserError, match="differ in size"):
         list(in_order(source, 2, process_index=1, process_count=2))
+
+
+def image_name(index):
+    return f"{index:03d}.{'jpg' if index == 4 else 'png'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Images in files, as a reader opens them; the label of one follows its color."""
+
+    folder: Path
+    count: int = 12
+    labels: bool = True
+    info = DataInfo(("thing",), ((0, 0, 0),))
+
+    @property
+    def ids(self):
+        return tuple(f"{i:03d}" for i in range(self.count))
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = np.asarray(open_image(self.folder / image_name(index)))
+        if not self.labels:
+            return Record(image=image, id=self.ids[index])
+        label = np.asarray(open_image(self.folder / f"label_{index:03d}.png"))
+        return Record(image=image, label=label, id=self.ids[index])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+DAMAGE = {
+    "003.png": truncate,
+    "004.jpg": truncate,
+    "label_005.png": truncate,
+    "006.png": Path.unlink,
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Twelve images of noise: (a folder with all, one in which four are damaged)."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("whole", "damaged")]
+    for folder in folders:
+        rng = np.random.default_rng(0)
+        for i in range(12):
+            pixels = rng.integers(0, 256, (12, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / image_name(i))
+            Image.fromarray(pixels[..., 0]).save(folder / f"label_{i:03d}.png")
+    for name, spoil in DAMAGE.items():
+        spoil(folders[1] / name)
+    return folders
+
+
+def test_others_stand_in_for_damaged_images(stored):
+    """The same batches but for the damaged images' rows, whoever reads them and from wherever."""
+    noted, stream = [], Stream("labeled", 4)
+    whole = run([Feed(stream, Stored(stored[0]), AUGMENT)], steps=9)
+    feed = Feed(stream, Stored(stored[1]), AUGMENT, max_damaged=4)
+    got = run([feed], steps=9, on_damage=lambda *damage: noted.append(damage))
+    met = []
+    for k, (one, other) in enumerate(zip(got, whole, strict=True)):
+        assert set(one["labeled"]) == {"image", "label", "valid", "index"}
+        for row, index in enumerate(other["labeled"]["index"].tolist()):
+            if index in (3, 4, 5, 6):
+                met.append((k, index))
+                assert one["labeled"]["index"][row] not in (3, 4, 5, 6)
+            else:
+                for name, array in one["labeled"].items():
+                    np.testing.assert_array_equal(array[row], other["labeled"][name][row])
+    assert len(met) == 12  # four in each of three epochs
+    # A substitute may be damaged, too, and is then noted beside the image whose turn it was.
+    assert {(k, int(damage.id)) for k, damage in noted} >= set(met)
+    assert {damage.id for _, damage in noted} == {"003", "004", "005", "006"}
+    assert {damage.message.split()[2].rpartition("/")[2] for _, damage in noted} == set(DAMAGE)
+    assert len({int(one["labeled"]["index"][row]) for one in got for row in range(4)}) == 8
+
+    later = []
+    with_workers = run(
+        [feed], start=4, steps=9, workers=2, on_damage=lambda *damage: later.append(damage)
+    )
+    assert_equal(with_workers, got[4:])
+    assert later == [(k, damage) for k, damage in noted if k >= 4]
+
+
+@pytest.mark.parametrize(("limit", "workers"), [(0, 0), (1, 0), (1, 1)])
+def test_too_many_damaged_images_in_a_row_are_an_error(stored, limit, workers):
+    feed = Feed(Stream("labeled", 8), Stored(stored[1], count=8), AUGMENT, max_damaged=limit)
+    with pytest.raises(UserError) as error:
+        run([feed], steps=40, workers=workers)
+    lines = str(error.value).splitlines()
+    assert (
+        f"{limit + 1} image(s) of 'labeled' cannot be read, data.max_damaged allows {limit}"
+        in (lines[0])
+    )
+    assert "--config.data.max_damaged=N" in lines[0]
+    assert len(lines) == 2 + limit
+    assert all(any(name in line for name in DAMAGE) for line in lines[1:])
+
+
+def test_images_that_are_all_damaged_are_an_error(stored):
+    source = Stored(stored[1] / "nowhere", count=5)
+    with pytest.raises(UserError, match=r"5 image\(s\) of 'labeled'.*\n.*nowhere/00\d"):
+        run([Feed(Stream("labeled", 1), source, AUGMENT, max_damaged=99)])
+
+
+def test_unlabeled_images_do_not_mind_damaged_labels(stored):
+    source = Stored(stored[1], labels=False)
+    noted = []
+    feed = Feed(Stream("unlabeled", 12, labels=None), source, AUGMENT, max_damaged=6)
+    run([feed], steps=1, on_damage=lambda batch, damage: noted.append(damage.id))
+    assert set(noted) == {"003", "004", "006"}
+
+
+@pytest.mark.parametrize(
+    ("maximum", "count", "limit"),
+    [(None, 2975, 29), (None, 400, 10), (None, 8, 4), (None, 1, 0), (0, 400, 0), (60, 100, 60)],
+)
+def test_how_many_images_may_be_damaged(maximum, count, limit):
+    assert quarantine.allowed(maximum, count) == limit
+
+
+def test_quarantine_notes_an_image_once(tmp_path):
+    said = []
+
+    def opened(begin=0, process=0):
+        limits = {"labeled": 3, "unlabeled": 0}
+        return quarantine.Quarantine(tmp_path, "main", begin, limits, said.append, process)
+
+    damage = [quarantine.Damage("labeled", f"{i}", f"The file {i}.png is bad.") for i in range(4)]
+    first = opened()
+    assert not list(tmp_path.iterdir())
+    first.add(3, damage[0])
+    first.add(5, damage[0])
+    resumed = opened(begin=100)
+    resumed.add(4, damage[0])
+    resumed.add(4, damage[1])
+    opened(process=2).add(7, damage[2])
+    resumed.add(9, damage[2])  # another process has noted it
+    assert len(said) == 3
+    with pytest.raises(
+        UserError, match=r"4 image\(s\) of 'labeled'.*allows 3(.*\n)*  The file 3\.png"
+    ):
+        resumed.add(9, damage[3])
+    with pytest.raises(UserError, match=r"1 image\(s\) of 'unlabeled'.*allows 0"):
+        opened().add(0, damage[0]._replace(stream="unlabeled"))
+
+    def lines(name):
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    expected = {"stream": "labeled", "phase": "main"}
+    message = "The file {}.png is bad."
+    assert lines("quarantine.jsonl")[:2] == [
+        expected | {"id": "0", "message": message.format(0), "step": 4},
+        expected | {"id": "1", "message": message.format(1), "step": 105},
+    ]
+    assert lines("quarantine.2.jsonl") == [
+        expected | {"id": "2", "message": message.format(2), "step": 8}
+    ]

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OPTIMIZER, Linear, forward, make_state, nearest, plan, random_batch
+from conftest import OPTIMIZER, Linear, make_state, plan, random_batch
 
 from jaxssl import contracts, methods, optim
 from jaxssl.contracts import Aux, Phase, Stream, Variables
 from jaxssl.methods import mkd, supervised
 from jaxssl.state import TrainState
-from jaxssl.step import Clock, make_predict_step, make_train_step
+from jaxssl.step import Clock, make_train_step
 
 START = np.array([1.0, -2.0], np.float32)
 
@@ -331,11 +331,3 @@ def test_loop_donates_and_transfers_nothing(nets):
     *before, last = states
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert (int(last.step), int(last.skipped)) == (3, 0)
-
-
-def test_prediction_has_the_size_of_the_image():
-    net, batch = Linear(), random_batch()["labeled"]
-    variables = net.init(jax.random.key(0), (16, 24))
-    logits = make_predict_step(net)(variables, batch["image"], batch["valid"])
-    expected, _, _ = forward(variables, batch["image"], batch["valid"], batch_stats=False)
-    np.testing.assert_allclose(logits, nearest(expected, (16, 24)), rtol=1e-4, atol=1e-5)

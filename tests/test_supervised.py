@@ -17,8 +17,9 @@ from conftest import (
 
 from jaxssl import methods, models, optim, views
 from jaxssl.contracts import Outputs, UserError
+from jaxssl.inference import make_predict
 from jaxssl.methods import mkd, supervised
-from jaxssl.step import Clock, make_predict_step, make_train_step
+from jaxssl.step import Clock, make_train_step
 
 SIZE = (16, 24)
 
@@ -131,6 +132,6 @@ def test_overfits_eight_images():
     state, clock = make_state(method, nets, size=(64, 64)), Clock.of(phase, 0)
     for _ in range(steps):
         state, _ = step(state, {}, batch, clock)
-    predict = jax.jit(make_predict_step(net))
+    predict = jax.jit(make_predict(net))
     logits = predict(state.network("a"), batch["labeled"]["image"], batch["labeled"]["valid"])
     assert mean_iou(batch["labeled"]["label"], np.argmax(logits, -1)) > 0.95

@@ -99,7 +99,7 @@ class Cityscapes:
         path = self.root / self._images[index]
         image = _read_image(path)
         if self._labels is None:
-            return Record(image=image, id=self.ids[index])
+            return Record(image=image, id=self.ids[index], file=str(path))
         label_path = self.root / self._labels[index]
         label = _read_label(label_path)
         if label.shape != image.shape[:2]:
@@ -107,7 +107,7 @@ class Cityscapes:
                 f"The label {label_path} is {label.shape[1]}x{label.shape[0]} pixels, its image "
                 f"{path} is {image.shape[1]}x{image.shape[0]}. Give both the same size."
             )
-        return Record(image=image, label=label, id=self.ids[index])
+        return Record(image=image, label=label, id=self.ids[index], file=str(path))
 
 
 def _list_images(root: Path, split: str) -> dict[str, str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
+import json
 import multiprocessing.process
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,7 +19,8 @@ import numpy as np
 from absl import flags
 from grain.experimental import DatasetOptions, WithOptionsIterDataset, ZipMapDataset
 
-from jaxssl.contracts import IGNORE_LABEL, Source, Stream, UserError
+from jaxssl.contracts import IGNORE_LABEL, Source, Stream, UnreadableError, UserError
+from jaxssl.data import quarantine
 from jaxssl.data.splits import seeded_order
 from jaxssl.data.transforms import Augment, augment
 
@@ -32,11 +33,13 @@ class Feed:
       stream: name, batch size, labels and share of the images.
       source: where the images are; its labels are dropped where `stream.labels` is None.
       augment: geometry; the fields in `stream.augment` replace these.
+      max_damaged: images that may be unreadable; others stand in for them.
     """
 
     stream: Stream
     source: Source
     augment: Augment
+    max_damaged: int = 0
 
 
 class Batches:
@@ -48,8 +51,17 @@ class Batches:
     write into the arrays: devices may alias them.
     """
 
-    def __init__(self, dataset: grain.IterDataset):
+    def __init__(
+        self,
+        dataset: grain.IterDataset,
+        feeds: Sequence[Feed],
+        start: int = 0,
+        on_damage: Callable[[int, quarantine.Damage], None] | None = None,
+    ):
         self._iterator: grain.DatasetIterator | None = iter(dataset)
+        self._ids = {feed.stream.name: feed.source.ids for feed in feeds}
+        self._next = start
+        self._on_damage = on_damage
 
     def __iter__(self) -> Batches:
         return self
@@ -58,7 +70,7 @@ class Batches:
         if self._iterator is None:
             raise StopIteration
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except UserError as error:
             raise error.with_traceback(None) from None
         except RuntimeError as error:
@@ -69,6 +81,18 @@ class Batches:
                 f"A data worker process died with exit code {code}, often because memory ran out. "
                 "Use fewer, --config.data.workers=N, or smaller crops and batches."
             ) from error.with_traceback(None)
+        self._tell_damage(batch)
+        self._next += 1
+        return batch
+
+    def _tell_damage(self, batch: dict[str, dict[str, np.ndarray]]) -> None:
+        """Takes what was damaged out of a batch: it is for the host, not for devices."""
+        for stream, arrays in batch.items():
+            for row in arrays.pop("damaged").tolist():
+                for position, message in json.loads(row):
+                    damage = quarantine.Damage(stream, self._ids[stream][position], message)
+                    if self._on_damage is not None:
+                        self._on_damage(self._next, damage)
 
     def close(self) -> None:
         """Ends threads and worker processes, and the iteration; may be called again."""
@@ -94,11 +118,14 @@ def batches(
     process_count: int = 1,
     workers: int = 0,
     threads: int = 2,
+    on_damage: Callable[[int, quarantine.Damage], None] | None = None,
 ) -> Batches:
     """Makes the batches `start` to `steps` - 1 of a phase.
 
     Global batch k depends on (seed, phase_index, k) and the feeds alone: not on `start`, workers,
     threads or the number of processes, which take contiguous blocks of its rows in their order.
+    Where an image or its label cannot be read, another image of the stream stands, which depends
+    on (seed, phase_index, place) alone too; all others stay where they are.
 
     Args:
       feeds: one per stream; their order matters to the randomness.
@@ -110,10 +137,13 @@ def batches(
       process_count: hosts that share a batch.
       workers: processes that decode; 0 leaves it to threads.
       threads: that decode, in each worker.
+      on_damage: is called with the batch's number and what could not be read, before the batch is
+        given; every time that the image's turn comes, in the process that reads it.
 
     Raises:
       UserError: a batch cannot be shared equally or exceeds its images; while iterating, what a
-        source raises, or a worker died.
+        source raises (but an UnreadableError only where more images in a row are damaged than
+        their feed allows), or a worker died.
     """
     mine = slice(start * process_count + process_index, steps * process_count, process_count)
     streams = [
@@ -131,26 +161,33 @@ def batches(
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_follow_parent
         )
-    return Batches(dataset)
+    return Batches(dataset, feeds, start, on_damage)
 
 
 def in_order(
     source: Source,
     batch_size: int,
     *,
+    bucket: int = 1,
+    center: tuple[int, int] | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Gives every image once, in order, for evaluation and sweeps.
+    """Gives every image once, for evaluation and sweeps.
 
-    A batch holds consecutive images of one size. Where fewer are left than a batch takes, it is
-    filled with rows of `valid` False, `label` 255 and `index` -1. Several processes take
-    contiguous blocks of every global batch, and all get the same number of batches.
+    Images of one size come in order. Others wait for more of their size, so at most
+    `batch_size` - 1 images of each size are held; `index` says which image a row is. Images stand
+    at the top left; what is not image has `valid` False and `label` 255. Where fewer are left than
+    a batch takes, it is filled with such rows of `index` -1. Several processes take contiguous
+    blocks of every global batch, and all get the same number of batches.
 
     Args:
       source: of images `[h,w,3]`.
       batch_size: images in the global batch.
+      bucket: height and width are padded to multiples of this, so that sizes become fewer.
+      center: (height, width) of the central window to give instead of the image; all become that
+        size.
       process_index: which share of every batch to give.
       process_count: hosts that share a batch.
       threads: that decode.
@@ -166,42 +203,73 @@ def in_order(
     rows = _share("The evaluation batch", batch_size, process_count)
     firsts = range(process_index * rows, len(source), batch_size)
     mine = [i for first in firsts for i in range(first, min(first + rows, len(source)))]
-    read = _Whole(source)
+    read = _Whole(source, center)
+
+    def padded(record: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+        return center or tuple(-(-side // bucket) * bucket for side in record["valid"].shape)
+
     # What every process knows tells each of them that sizes differ or that its share is empty.
     template = read(0) if process_count > 1 and len(source) else None
-    made = 0
     dataset = grain.MapDataset.source(mine).map(read).to_iter_dataset(_read_options(threads))
+    waiting: dict[tuple[int, ...], list[dict[str, np.ndarray]]] = {}
     with contextlib.closing(iter(dataset)) as records:
-        for shape, group in itertools.groupby(records, lambda record: record["image"].shape):
-            if template is not None and shape != template["image"].shape:
+        for record in records:
+            size = padded(record)
+            if template is not None and size != padded(template):
                 raise UserError(
-                    f"Images differ in size: {template['image'].shape[:2]} and {shape[:2]}. "
-                    "Several processes need images of one size; use a single process."
+                    f"Images differ in size: {template['valid'].shape} and "
+                    f"{record['valid'].shape}. Several processes need images of one size; use a "
+                    "single process."
                 )
-            while part := list(itertools.islice(group, rows)):
-                yield _collate(part[0], part, rows)
-                made += 1
-    if template is not None and made * batch_size < len(source):
-        yield _collate(template, [], rows)
+            waiting.setdefault(size, []).append(record)
+            if len(waiting[size]) == rows:
+                yield _collate(record, waiting.pop(size), rows, size)
+    for size, group in waiting.items():
+        yield _collate(group[0], group, rows, size)
+    if template is not None and len(firsts) * batch_size < len(source):
+        yield _collate(template, [], rows, padded(template))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Augmented:
     """Place in the endless stream -> augmented arrays of the image there."""
 
-    source: Source
+    feed: Feed
     positions: np.ndarray
     augment: Augment
-    labels: bool
     seed: int
 
     def __call__(self, place: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        epoch, place = divmod(place, len(self.positions))
-        position = self.positions[_order(len(self.positions), self.seed, epoch)[place]]
-        record = dict(self.source[int(position)])
-        if not self.labels:
+        position, record, damaged = self._read(place)
+        if self.feed.stream.labels is None:
             record.pop("label", None)
-        return augment(record, self.augment, rng) | {"index": position}
+        # What a worker process notes comes back with the batch alone; text, as rows must stack.
+        note = np.array(json.dumps(damaged))
+        return augment(record, self.augment, rng) | {"index": np.int32(position), "damaged": note}
+
+    def _read(self, place: int) -> tuple[int, dict[str, Any], list[tuple[int, str]]]:
+        """The first candidate that can be read, and (position, message) of those before it."""
+        damaged: dict[int, str] = {}
+        for position in self._candidates(place):
+            if position in damaged:
+                continue
+            try:
+                return position, dict(self.feed.source[position]), list(damaged.items())
+            except UnreadableError as error:
+                damaged[position] = str(error)
+            if len(damaged) > self.feed.max_damaged:
+                break
+        name, limit = self.feed.stream.name, self.feed.max_damaged
+        raise quarantine.too_many(name, limit, [*damaged.values()])
+
+    def _candidates(self, place: int) -> Iterator[int]:
+        """The position whose turn it is, then all of them in an order of this place's own."""
+        count = len(self.positions)
+        epoch, turn = divmod(place, count)
+        yield int(self.positions[_order(count, self.seed, epoch)[turn]])
+        # Three numbers, because the order of an epoch comes from two.
+        rng = np.random.default_rng([self.seed, place, count])
+        yield from rng.permutation(self.positions).tolist()
 
 
 @functools.lru_cache(maxsize=8)
@@ -212,15 +280,19 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Whole:
-    """Position -> arrays of the whole image there."""
+    """Position -> arrays of the whole image there, or of its central window."""
 
     source: Source
+    center: tuple[int, int] | None = None
 
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         record: dict[str, Any] = dict(self.source[int(position)])
         arrays = {name: record[name] for name in ("image", "label") if name in record}
-        valid = np.ones(arrays["image"].shape[:2], bool)
-        return arrays | {"valid": valid, "index": np.array(position, np.int32)}
+        arrays["valid"] = np.ones(arrays["image"].shape[:2], bool)
+        if self.center is not None:
+            window = tuple(map(_middle, arrays["valid"].shape, self.center))
+            arrays = {name: array[window] for name, array in arrays.items()}
+        return arrays | {"index": np.array(position, np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,10 +319,9 @@ def _stream(
     rows = _share(f"The batch of the stream {stream.name!r}", stream.batch, process_count)
     order_seed, augment_seed = np.random.SeedSequence(entropy).generate_state(2).tolist()
     read = _Augmented(
-        feed.source,
+        feed,
         _positions(stream, feed.source.ids, seed=entropy[0]),
         dataclasses.replace(feed.augment, **stream.augment),
-        labels=stream.labels is not None,
         seed=order_seed,
     )
     # The seed is explicit because one that grain derives changes with the number of operations;
@@ -262,6 +333,11 @@ def _stream(
 
 def _positions(stream: Stream, ids: Sequence[str], seed: int) -> np.ndarray:
     """Where the stream's share of the images stands in the source."""
+    if not ids:
+        raise UserError(
+            f"There are no images for the stream {stream.name!r}. Add some, or leave labels aside "
+            "with --config.data.split=1_8, say; configs/supervised_*.py need no unlabeled images."
+        )
     begin, end = (round(share * len(ids)) for share in stream.part)
     chosen = set(seeded_order(ids, seed)[begin:end])
     positions = np.flatnonzero([image_id in chosen for image_id in ids]).astype(np.int32)
@@ -287,16 +363,27 @@ def _read_options(threads: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 1))
 
 
+def _middle(size: int, window: int) -> slice:
+    """The central `window` of `size` pixels, or all where there are fewer."""
+    start = max(0, size - window) // 2
+    return slice(start, start + window)
+
+
 def _collate(
-    template: Mapping[str, np.ndarray], records: Sequence[Mapping[str, np.ndarray]], rows: int
+    like: Mapping[str, np.ndarray],
+    records: Sequence[Mapping[str, np.ndarray]],
+    rows: int,
+    size: tuple[int, ...],
 ) -> dict[str, np.ndarray]:
-    """Stacks records and fills up to `rows` with padding in the template's shapes."""
+    """Stacks records such as `like`, filled up to `rows` and to `size` with padding."""
     padding = {"image": 0, "valid": False, "label": IGNORE_LABEL, "index": -1}
     batch = {}
-    for name, like in template.items():
-        batch[name] = np.full((rows, *like.shape), padding[name], like.dtype)
+    for name, array in like.items():
+        shape = (*size, *array.shape[2:]) if array.ndim else ()
+        batch[name] = np.full((rows, *shape), padding[name], array.dtype)
         for row, record in enumerate(records):
-            batch[name][row] = record[name]
+            place = tuple(map(slice, record[name].shape))[:2]
+            batch[name][(row, *place)] = record[name]
     return batch
 
 

@@ -195,10 +195,11 @@ class Method(contracts.Method):
         one = jnp.ones(())
         metrics = {
             "loss_supervised": (loss_s, one),
-            "loss_teachers": (loss_st, one),
             "loss_students": (loss_ss, one),
             "kept": (_count(targets[self.labeler] != IGNORE_LABEL), _count(valid)),
         }
+        if teachers:
+            metrics["loss_teachers"] = (loss_st, one)
         return loss, Aux(stats, teacher_stats, extra, metrics)
 
     def _views(self, batch: Batch, key: jax.Array) -> Views:
@@ -219,7 +220,7 @@ class Method(contracts.Method):
             return Views(labeled, weak_images, weak_images, None)
         mask = mixing.box_mask(mask_key, unlabeled["image"].shape[0], unlabeled["image"].shape[1:3])
         strong = {
-            "image": views.strong(strong_key, unlabeled["image"]),
+            "image": views.strong(strong_key, unlabeled["image"], valid=unlabeled["valid"]),
             "valid": unlabeled["valid"],
         }
         return Views(

@@ -1,4 +1,4 @@
-"""DeepLabv3+ on ResNets.
+"""DeepLabv3+ on ResNets and EfficientNet-Lite0.
 
 Chen et al., Encoder-decoder with atrous separable convolution for semantic image segmentation,
 ECCV 2018. Defaults are MKD's network. The one that U2PL names so has `separable=False,
@@ -15,7 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxssl.models import layers, network, resnet
+from jaxssl.models import efficientnet_lite, layers, network, pretrained, resnet
+
+EFFICIENTNET = "efficientnet_lite0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,13 +25,16 @@ class Model(network.LinenNetwork):
     """DeepLabv3+.
 
     Attributes:
-      backbone: "resnet10", "resnet18", "resnet34", "resnet50" or "resnet101".
-      width: channels of the backbone's first stage, before the bottlenecks' factor of 4.
-      stem: "deep" (three 3x3 convolutions) or "conv7".
+      backbone: "resnet10", "resnet18", "resnet34", "resnet50", "resnet101" or
+        "efficientnet_lite0".
+      pretrained: weights that the backbone starts with, by a name that `pretrained.FILES` has for
+        it; "": random ones.
+      width: channels of a ResNet's first stage, before the bottlenecks' factor of 4.
+      stem: of a ResNet, "deep" (three 3x3 convolutions) or "conv7".
       stem_width: channels of the deep stem's first two convolutions; None: half of `width`.
       output_stride: of the backbone, 8, 16 or 32.
-      multi_grid: factors of the dilations in the last stage, block by block.
-      zero_init: residual blocks start as identity.
+      multi_grid: factors of the dilations in a ResNet's last stage, block by block.
+      zero_init: a ResNet's residual blocks start as identity.
       separable: depthwise separable 3x3 convolutions in the head.
       aspp_rates: dilations of atrous spatial pyramid pooling.
       channels: of the head.
@@ -43,6 +48,7 @@ class Model(network.LinenNetwork):
     """
 
     backbone: str = "resnet50"
+    pretrained: str = ""
     width: int = 64
     stem: str = "deep"
     stem_width: int | None = None
@@ -61,35 +67,33 @@ class Model(network.LinenNetwork):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        network.check_choice("backbone", self.backbone, resnet.DEPTHS)
+        network.check_choice("backbone", self.backbone, (*resnet.DEPTHS, EFFICIENTNET))
+        network.check_choice("pretrained", self.pretrained, pretrained.names(self.backbone))
         network.check_choice("stem", self.stem, ("deep", "conv7"))
         network.check_choice("output_stride", self.output_stride, (8, 16, 32))
         schedule, survival = self.stochastic_depth_schedule, self.stochastic_depth
         network.check_choice("stochastic_depth_schedule", schedule, ("constant", "linear"))
         network.check("stochastic_depth", survival, 0 < survival <= 1, "in (0, 1]")
         network.check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
-        grid, last = self.multi_grid, resnet.DEPTHS[self.backbone][1][-1]
-        network.check("multi_grid", grid, len(grid) >= last, f"at least {last} factors")
+        if self.backbone in resnet.DEPTHS:
+            grid, last = self.multi_grid, resnet.DEPTHS[self.backbone][1][-1]
+            network.check("multi_grid", grid, len(grid) >= last, f"at least {last} factors")
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """The color that becomes 0: the backbone's."""
+        return efficientnet_lite.MEAN if self.backbone == EFFICIENTNET else super().mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """The distance from `mean` that becomes 1: the backbone's."""
+        return efficientnet_lite.STD if self.backbone == EFFICIENTNET else super().std
 
     def module(self, *, batch_stats: bool) -> nn.Module:
         """The linen module in one of its two modes."""
         norm = self.norm(batch_stats)
-        bottleneck, depths = resnet.DEPTHS[self.backbone]
         return network.EncoderDecoder(
-            backbone=resnet.ResNet(
-                depths=depths,
-                bottleneck=bottleneck,
-                norm=norm,
-                width=self.width,
-                stem=self.stem,
-                stem_width=self.stem_width,
-                output_stride=self.output_stride,
-                multi_grid=self.multi_grid,
-                zero_init=self.zero_init,
-                survival=self.stochastic_depth,
-                schedule=self.stochastic_depth_schedule,
-                remat=self.remat,
-            ),
+            backbone=self._backbone(norm),
             head=Head(
                 num_classes=self.num_classes,
                 norm=norm,
@@ -103,6 +107,28 @@ class Model(network.LinenNetwork):
             auxiliary=FCNHead(self.num_classes, norm, self.channels, self.dropout)
             if self.auxiliary and batch_stats
             else None,
+        )
+
+    def _backbone(self, norm: layers.NormDef) -> nn.Module:
+        shared = {
+            "norm": norm,
+            "output_stride": self.output_stride,
+            "survival": self.stochastic_depth,
+            "schedule": self.stochastic_depth_schedule,
+            "remat": self.remat,
+        }
+        if self.backbone == EFFICIENTNET:
+            return efficientnet_lite.EfficientNetLite0(**shared)
+        bottleneck, depths = resnet.DEPTHS[self.backbone]
+        return resnet.ResNet(
+            depths=depths,
+            bottleneck=bottleneck,
+            width=self.width,
+            stem=self.stem,
+            stem_width=self.stem_width,
+            multi_grid=self.multi_grid,
+            zero_init=self.zero_init,
+            **shared,
         )
 
 

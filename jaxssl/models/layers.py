@@ -6,7 +6,6 @@ Every layer computes in the dtype of its input; parameters and statistics keep t
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
@@ -17,6 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 Form: TypeAlias = Literal["plain", "shifted", "matmul"]
+
+Padding: TypeAlias = Literal["symmetric", "same"]
+"""Zeros around a convolution's input: as many on each side, as in PyTorch networks; or as few as
+the taps reach and the odd one behind, as TensorFlow's "SAME". They differ where a stride is taken.
+"""
+
+Zeros: TypeAlias = tuple[tuple[int, int], ...]
+"""Before and behind each of the two axes."""
 
 NormDef: TypeAlias = Callable[..., nn.Module]
 """Makes a normalization layer: `BatchNorm` with its mode bound."""
@@ -29,9 +36,10 @@ def convolution(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
+    padding: Padding = "symmetric",
     form: Form | None = None,
 ) -> jax.Array:
-    """Convolves with symmetric zero padding of `dilation * (size // 2)`, as PyTorch networks do.
+    """Convolves with zero padding.
 
     Args:
       x: `[B,H,W,I]`.
@@ -39,6 +47,7 @@ def convolution(
       stride: of the output.
       dilation: distance of the kernel's taps.
       groups: 1, or I for a depthwise convolution.
+      padding: "symmetric": `dilation * (size // 2)` zeros on each side; "same": TensorFlow's.
       form: how to compute it: "plain" is XLA's convolution; "shifted" (depthwise only) adds up
         shifted, multiplied copies of the input; "matmul" (one group only) adds up a matrix
         product per tap. None takes the one that is fastest here.
@@ -47,23 +56,36 @@ def convolution(
       `[B, ceil(H/stride), ceil(W/stride), O]`, of x's dtype.
     """
     form = form or fastest_form(kernel.shape, dilation=dilation, groups=groups)
+    zeros = tuple(
+        _zeros(length, size, stride, dilation, padding)
+        for length, size in zip(x.shape[1:3], kernel.shape[:2], strict=True)
+    )
     if form == "plain":
-        return _plain(x, kernel, stride, dilation, groups)
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            zeros,
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
     if form == "shifted" and (kernel.shape[2] != 1 or groups != kernel.shape[3]):
         raise ValueError("The shifted form is for depthwise convolutions.")
     if form == "matmul" and groups != 1:
         raise ValueError("The matmul form is for convolutions of one group.")
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    taps = _taps(x.astype(wide), kernel.astype(wide), stride, dilation)
-    product = jnp.multiply if form == "shifted" else jnp.matmul
-    return functools.reduce(jnp.add, (product(*tap) for tap in taps)).astype(x.dtype)
+    add_up = _depthwise if form == "shifted" else _matmul
+    return add_up(x.astype(wide), kernel.astype(wide), stride, dilation, zeros).astype(x.dtype)
 
 
 def fastest_form(shape: tuple[int, ...], *, dilation: int, groups: int) -> Form:
     """The form that is fastest on this backend for a kernel of `shape` `[kh,kw,I/groups,O]`.
 
     XLA's CPU convolutions are slow where they are depthwise, 1x1, or wide and far dilated: there
-    the other forms take between a tenth and two thirds of the time, with the gradient.
+    the other forms take between a hundredth and two thirds of the time, with the gradient
+    (benchmarks/depthwise.py). Elsewhere XLA's own is taken, unmeasured; the gradient of grouped
+    convolutions has been slow on GPUs (jax-ml/jax#13800).
     """
     height, width, inputs, outputs = shape
     if jax.default_backend() != "cpu":
@@ -74,33 +96,91 @@ def fastest_form(shape: tuple[int, ...], *, dilation: int, groups: int) -> Form:
     return "matmul" if wide_and_dilated or height * width == 1 else "plain"
 
 
-def _plain(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, groups: int) -> jax.Array:
-    top, left = (dilation * (size // 2) for size in kernel.shape[:2])
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((top, top), (left, left)),
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
+def _zeros(length: int, size: int, stride: int, dilation: int, padding: Padding) -> tuple[int, int]:
+    """Zeros before and behind an axis of `length` for a kernel of `size` taps."""
+    if padding == "symmetric":
+        return dilation * (size // 2), dilation * (size // 2)
+    last = (-(-length // stride) - 1) * stride + (size - 1) * dilation
+    total = max(last + 1 - length, 0)
+    return total // 2, total - total // 2
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, zeros: Zeros) -> jax.Array:
+    taps = _taps(x, kernel.shape, stride, dilation, zeros)
+    return functools.reduce(jnp.add, (seen @ kernel[at] for at, seen in taps))
+
+
+def _shifted(
+    x: jax.Array, kernel: jax.Array, stride: int, dilation: int, zeros: Zeros
+) -> jax.Array:
+    taps = _taps(x, kernel.shape, stride, dilation, zeros)
+    return functools.reduce(jnp.add, (seen * kernel[at] for at, seen in taps))
+
+
+def _shifted_forward(
+    x: jax.Array, kernel: jax.Array, *settings: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _shifted(x, kernel, *settings), (x, kernel)
+
+
+def _shifted_backward(
+    stride: int,
+    dilation: int,
+    zeros: Zeros,
+    saved: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient in x is a convolution too: of the gradient, spread by the stride, with the
+    kernel turned around. Left to itself, JAX adds up a padded copy per tap.
+    """
+    x, kernel = saved
+    batch, *counts, channels = gradient.shape
+    apart = (0, 0, stride - 1)
+    spread = jax.lax.pad(gradient, jnp.zeros((), x.dtype), ((0, 0, 0), apart, apart, (0, 0, 0)))
+    behind = tuple(
+        ((size - 1) * dilation - before, before + length - 1 - (count - 1) * stride)
+        for size, (before, _), length, count in zip(
+            kernel.shape[:2], zeros, x.shape[1:3], counts, strict=True
+        )
     )
+    in_x = _shifted(spread, kernel[::-1, ::-1], 1, dilation, behind)
+
+    padded = jnp.pad(x, ((0, 0), *zeros, (0, 0)))
+    height, width = ((count - 1) * stride + 1 for count in counts)
+
+    def in_tap(begin: jax.Array) -> jax.Array:
+        seen = jax.lax.dynamic_slice(padded, list(begin), (batch, height, width, channels))
+        return (seen[:, ::stride, ::stride] * gradient).sum((0, 1, 2))
+
+    # A loop, because unrolled sums take half of the time to compile a network.
+    begins = [(0, i * dilation, j * dilation, 0) for i, j in np.ndindex(kernel.shape[:2])]
+    return in_x, jax.lax.map(in_tap, jnp.asarray(begins, jnp.int32)).reshape(kernel.shape)
+
+
+_differentiable = jax.custom_vjp(_shifted, nondiff_argnums=(2, 3, 4))
+_differentiable.defvjp(_shifted_forward, _shifted_backward)
+_depthwise: Callable[..., jax.Array] = _differentiable
 
 
 def _taps(
-    x: jax.Array, kernel: jax.Array, stride: int, dilation: int
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Pairs of (what a tap of the kernel sees, the tap `[I/groups,O]`)."""
+    x: jax.Array, shape: tuple[int, ...], stride: int, dilation: int, zeros: Zeros
+) -> Iterator[tuple[tuple[int, int], jax.Array]]:
+    """Pairs of (a tap of a kernel of `shape`, what it sees of x)."""
     batch, height, width, channels = x.shape
-    top, left = (dilation * (size // 2) for size in kernel.shape[:2])
-    padded = jnp.pad(x, ((0, 0), (top, top), (left, left), (0, 0)))
-    for i, j in itertools.product(*map(range, kernel.shape[:2])):
+    (top, _), (left, _) = zeros
+    padded = jnp.pad(x, ((0, 0), *zeros, (0, 0)))
+    # How far a tap moves from the first output to the last.
+    down, across = (
+        (length - (size - 1) * dilation - 1) // stride * stride
+        for length, size in zip(padded.shape[1:3], shape[:2], strict=True)
+    )
+    for i, j in np.ndindex(shape[:2]):
         row, column = i * dilation, j * dilation
-        if abs(row - top) >= height or abs(column - left) >= width:
+        if not (-down <= row - top < height and -across <= column - left < width):
             continue  # sees padding only
         begin = (0, row, column, 0)
-        end = (batch, row + height, column + width, channels)
-        yield jax.lax.slice(padded, begin, end, (1, stride, stride, 1)), kernel[i, j]
+        end = (batch, row + down + 1, column + across + 1, channels)
+        yield (i, j), jax.lax.slice(padded, begin, end, (1, stride, stride, 1))
 
 
 class Conv(nn.Module):
@@ -116,6 +196,7 @@ class Conv(nn.Module):
       dilation: distance of the kernel's taps.
       groups: 1, or the number of input channels for a depthwise convolution.
       use_bias: adds a bias, initially 0.
+      padding: as in `convolution`.
       std: standard deviation of the initial kernel; None: `sqrt(2 / (size^2 O))` (He et al.,
         Delving deep into rectifiers, ICCV 2015, eq. 14).
     """
@@ -126,6 +207,7 @@ class Conv(nn.Module):
     dilation: int = 1
     groups: int = 1
     use_bias: bool = False
+    padding: Padding = "symmetric"
     std: float | None = None
 
     @nn.compact
@@ -140,6 +222,7 @@ class Conv(nn.Module):
             stride=self.stride,
             dilation=self.dilation,
             groups=self.groups,
+            padding=self.padding,
         )
         if not self.use_bias:
             return y
@@ -152,12 +235,14 @@ class BatchNorm(nn.Module):
     Attributes:
       batch_stats: normalizes with the batch's statistics and updates the running ones.
       momentum: share of the batch in the new running statistics, as in PyTorch.
+      epsilon: added to the variance.
       axis_name: of a `jax.pmap` over whose devices statistics are taken.
       scale_init: initializes gamma.
     """
 
     batch_stats: bool
     momentum: float = 0.1
+    epsilon: float = 1e-5
     axis_name: str | None = None
     scale_init: Callable[..., Any] = nn.initializers.ones
 
@@ -167,7 +252,7 @@ class BatchNorm(nn.Module):
         norm = nn.BatchNorm(
             use_running_average=not self.batch_stats,
             momentum=1 - self.momentum,
-            epsilon=1e-5,
+            epsilon=self.epsilon,
             dtype=x.dtype,
             axis_name=self.axis_name,
             use_fast_variance=False,

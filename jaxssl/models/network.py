@@ -27,8 +27,6 @@ class LinenNetwork(abc.ABC):
       batch_norm_momentum: share of the batch in new running statistics, as in PyTorch.
       dtype: of activations: "float32", "bfloat16" or "float64". Parameters, statistics and logits
         are float64 with the last, else float32.
-      mean: color that becomes 0, per channel, in [0,255].
-      std: what becomes 1, likewise.
       axis_name: of a `jax.pmap` over whose devices BatchNorm takes its statistics.
     """
 
@@ -36,8 +34,6 @@ class LinenNetwork(abc.ABC):
     align_corners: bool = False
     batch_norm_momentum: float = 0.1
     dtype: str = "float32"
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     axis_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +94,16 @@ class LinenNetwork(abc.ABC):
     def resize(self, logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
         """Bilinear `[B,h,w,C]` -> `[B,*size,C]`."""
         return layers.resize_bilinear(logits, size, align_corners=self.align_corners)
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """The color that becomes 0, per channel, in [0,255]."""
+        return (123.675, 116.28, 103.53)
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """The distance from `mean` that becomes 1, likewise."""
+        return (58.395, 57.12, 57.375)
 
     @property
     def param_dtype(self) -> jnp.dtype:

@@ -1,0 +1,224 @@
+"""Methods against supervised training on street scenes: same labels, student updates and network.
+
+  python benchmarks/streets_methods.py  # all rows, seeds 0 to 3; goes on where it was
+  python benchmarks/streets_methods.py --rows=supervised,mkd --seeds=0,1 --network=pretrained
+  python benchmarks/streets_methods.py --table  # prints what is there
+
+A seed chooses the labeled images, the initialization and the order of the batches. A row differs
+from "supervised" of the same seed in nothing but the method, so differences are paired. Scores are
+mIoU in percent over the classes present, student a after the last update: none is chosen by it.
+
+One run is one file in benchmarks/results/streets_methods/. A file holds for as long as its config
+does; a row of an unchanged config is not run again, whatever else changed in the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results" / "streets_methods"
+BASELINE = "supervised"
+
+
+class Row(NamedTuple):
+    """A line of the table: a config file of configs/, words of its variant, and overrides."""
+
+    config: str
+    words: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = {}
+
+
+def rows() -> dict[str, Row]:
+    found = {
+        BASELINE: Row("supervised"),
+        "supervised_strong": Row("supervised", (), {"method.strong": True}),
+        "supervised_all": Row("supervised", ("all",)),
+        "cps": Row("cps", (), {"method.cutmix": False}),
+        "cps_cutmix": Row("cps"),
+        "mkd": Row("mkd"),
+    }
+    for row in _load(ROOT / "configs" / "mkd_sweep.py").get_rows():
+        if row.name.startswith("table3/"):
+            found[f"mkd_{row.name.removeprefix('table3/')}"] = Row("mkd", (), row.overrides)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default=",".join(rows()), help="names, separated by commas")
+    parser.add_argument("--seeds", default="0,1,2,3", help="numbers, separated by commas")
+    parser.add_argument("--network", choices=("scratch", "pretrained"), default="scratch")
+    parser.add_argument("--budget", default="long", help="word of the configs' variants")
+    parser.add_argument("--workdirs", type=Path, default=Path("/tmp/streets_methods"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print results, run nothing")
+    args, overrides = parser.parse_known_args()
+    unknown = [o for o in overrides if not o.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}")
+    if not args.table:
+        changes = dict(o.removeprefix("--config.").split("=", 1) for o in overrides)
+        # Seed by seed: whenever it is stopped, the rows done can be compared.
+        for seed in map(int, args.seeds.split(",")):
+            for name in args.rows.split(","):
+                measure(args, name, seed, changes)
+    print(table(args.results, args.network))
+    return 0
+
+
+def measure(args: argparse.Namespace, name: str, seed: int, changes: Mapping[str, str]) -> None:
+    """Trains one row with one seed and writes its file, unless it is there."""
+    config = resolve(rows()[name], args.network, args.budget, seed, changes)
+    digest = _digest(config.to_json_best_effort(sort_keys=True))
+    stem = f"{args.network}-{name}-seed{seed}-{digest}"
+    if (path := args.results / f"{stem}.json").exists():
+        print(f"{stem}: done before", flush=True)
+        return
+    from jaxssl import logs, phases
+
+    workdir = args.workdirs / stem
+    print(f"{stem}: training", flush=True)
+    if code := phases.run(config, workdir):
+        sys.exit(code)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    last = [line for line in lines if "val/miou" in line][-1]
+    result = {
+        "row": name,
+        "network": args.network,
+        "seed": seed,
+        "miou": last["val/miou"],
+        "last": {key: value for key, value in last.items() if key.startswith(("val/", "watch/"))},
+        "steps": last["step"],
+        "main_steps": config.steps,
+        "training_seconds": sum(
+            json.loads(line)["seconds"]["training"] for line in (workdir / "time.jsonl").open()
+        ),
+        "code": code_version(config.method.name),
+        "config": json.loads(config.to_json_best_effort()),
+        "environment": logs.environment(),
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def resolve(row: Row, network: str, budget: str, seed: int, changes: Mapping[str, str]) -> Any:
+    """The row's config, with the seed in every place that draws."""
+    words = ["streets", *([budget] if budget else []), *row.words]
+    if network == "pretrained":
+        words.append("pretrained")
+    file = ROOT / "configs" / f"{row.config}_cityscapes.py"
+    config = _load(file).get_config(",".join(words))
+    # Panels and checkpoints cost time and change nothing; evaluated at the end alone.
+    settings = {"seed": seed, "data.seed": seed, "eval.panels": 0, "eval.every": 10**9}
+    flat = {**row.overrides, **settings, **{k: _value(config, k, v) for k, v in changes.items()}}
+    config.update_from_flattened_dict(flat)
+    return config
+
+
+def table(folder: Path, network: str) -> str:
+    """Markdown: mean and spread over seeds, and the difference to the baseline, seed by seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted(folder.glob(f"{network}-*.json"), key=lambda path: path.stat().st_mtime):
+        result = json.loads(path.read_text())
+        found.setdefault(result["row"], {})[result["seed"]] = result
+    base = found.get(BASELINE, {})
+    lines = [
+        f"| {network} | seeds | mIoU % | minus {BASELINE} | better in | time per update |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in [name for name in rows() if name in found]:
+        lines.append(_line(name, found[name], base))
+    versions = {r["code"] for row in found.values() for r in row.values()}
+    if len(versions) > 1:
+        lines += ["", f"Measured with {len(versions)} versions of the code; see the files."]
+    return "\n".join(lines)
+
+
+def _line(name: str, runs: Mapping[int, Any], base: Mapping[int, Any]) -> str:
+    scores = [100 * run["miou"] for run in runs.values()]
+    paired = sorted(runs.keys() & base.keys())
+    gaps = [100 * (runs[seed]["miou"] - base[seed]["miou"]) for seed in paired]
+    wins = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
+    ratios = [_update_time(runs[seed]) / _update_time(base[seed]) for seed in paired]
+    cost = f"{statistics.median(ratios):.1f}" if ratios else ""
+    same = name == BASELINE
+    return (
+        f"| {name} | {len(scores)} | {_spread(scores)} | {'' if same else _spread(gaps, sign='+')} "
+        f"| {'' if same else wins} | {cost} |"
+    )
+
+
+def _update_time(run: Mapping[str, Any]) -> float:
+    return run["training_seconds"] / run["steps"]
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    """Mean ± standard deviation over seeds."""
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):{sign}.1f} ± {deviation:.1f}"
+
+
+def code_version(method: str) -> str:
+    """Names what computed a number: the sources that training runs through, without comments."""
+    package = ROOT / "jaxssl"
+    names = ("losses", "mixing", "views", "step", "state", "optim", "metrics", "sharding")
+    files = [package / f"{name}.py" for name in names]
+    files += [package / "methods" / "supervised.py", package / "methods" / f"{method}.py"]
+    files += sorted((package / "models").glob("*.py"))
+    files += [package / "data" / f"{name}.py" for name in ("transforms", "pipeline", "splits")]
+    return _digest("".join(ast.dump(_without_docstrings(f.read_text())) for f in files))
+
+
+def _without_docstrings(source: str) -> ast.AST:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_text(body[0]):
+            node.body = body[1:]  # pyright: ignore[reportAttributeAccessIssue]
+    return tree
+
+
+def _is_text(node: ast.AST) -> bool:
+    value = getattr(node, "value", None) if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _value(config: Any, key: str, text: str) -> Any:
+    """A command line's value, in the type that the config has there."""
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    return text if config.get_type(name) is str else ast.literal_eval(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Settings that follow from the data, where a config leaves them open."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxssl.config import Config
+from jaxssl.data import folder
+from jaxssl.data.folder import Facts
+
+PASSES = 100
+"""Times that training shows an image, within the limits of steps."""
+
+EVAL_LOGITS = 2**26
+"""Logits of an evaluation batch at most: 256 MB of float32."""
+
+
+def resolve(config: Config, workdir: str | Path | None, say: Callable[[str], None]) -> Config:
+    """Decides what a config leaves open: as the workdir's run did, so that it goes on as it began;
+    in a new one, by the data.
+
+    Args:
+      config: is not changed. What it says itself stays.
+      workdir: of the run; None looks at the data alone.
+      say: prints a line.
+
+    Raises:
+      UserError: as `folder.look`.
+    """
+    if config.data.name != "folder":
+        return config
+    stored = None if workdir is None else Path(workdir).expanduser() / "config.json"
+    if stored is not None and stored.exists():
+        before = json.loads(stored.read_text())
+        return _filled(config, {key: _get(before, key) for key in RULES})
+    facts = folder.look(config.data)
+    result, lines = choose(config, facts)
+    for line in (*facts.notes, *lines):
+        say(line)
+    return result
+
+
+def choose(config: Config, facts: Facts) -> tuple[Config, list[str]]:
+    """Decides what a config leaves open by what the data are; pure.
+
+    Args:
+      config: its `limits` bound the sides of the `crop`, the `batch` and the `steps`.
+      facts: of the data.
+
+    Returns:
+      The config, and what was chosen and why, a line each.
+    """
+    lines = []
+    for key, rule in RULES.items():
+        if _is_open(_get(config, key)):
+            value, why = rule(config, facts)
+            config = _filled(config, {key: value})
+            lines.append(f"chosen from the data: {key} {_words(value)} ({why})")
+    return config, lines
+
+
+def size_range(sizes: Iterable[tuple[int, int]]) -> str:
+    """Such as "240x320 to 480x640", each side for itself; "-" where there is no size."""
+    sides = [f"{min(side)} {max(side)}".split() for side in zip(*sizes, strict=True)]
+    ends = ["x".join(side) for side in zip(*sides, strict=True)]
+    return " to ".join(dict.fromkeys(ends)) or "-"
+
+
+def _crop(config: Config, facts: Facts) -> tuple[tuple[int, int], str]:
+    """Sides that nine of ten images have, in steps of 32 as the networks halve them five times."""
+    sizes, limit = np.array(facts.sizes), config.limits.crop
+    low = np.quantile(sizes, 0.1, axis=0, method="lower")
+    height, width = (min(limit, int(side) // 32 * 32 or int(side)) for side in low)
+    return (height, width), f"images are {size_range(facts.sizes)}"
+
+
+def _batch(config: Config, facts: Facts) -> tuple[int, str]:
+    """A power of two that neither stream has fewer images than."""
+    images = min(facts.labeled, facts.unlabeled or facts.labeled, config.limits.batch)
+    batch = 1 << images.bit_length() - 1
+    return batch, f"there are {facts.labeled} labeled and {facts.unlabeled} unlabeled images"
+
+
+def _unlabeled_batch(config: Config, facts: Facts) -> tuple[int, str]:
+    del facts
+    return config.batch.labeled, "as many as labeled ones"
+
+
+def _steps(config: Config, facts: Facts) -> tuple[int | None, str]:
+    if config.epochs is not None:
+        return None, "epochs decide"
+    most = config.limits.steps
+    wanted = PASSES * max(facts.labeled, facts.unlabeled) // config.batch.labeled
+    return min(max(wanted, most // 4), most), f"{PASSES} passes, from {most // 4} to {most} steps"
+
+
+def _warmup(config: Config, facts: Facts) -> tuple[int, str]:
+    """Networks without any features have nothing to teach each other."""
+    del facts
+    if config.model.pretrained:
+        return 0, "the networks begin with pretrained features"
+    return config.steps or config.limits.steps // 4, "the networks begin with random weights"
+
+
+def _eval_mode(config: Config, facts: Facts) -> tuple[str, str]:
+    if (np.array(facts.sizes) <= 2 * np.array(config.crop)).all():
+        return "whole", "no image is more than twice as large as the crop"
+    return "slide", "images are more than twice as large as the crop"
+
+
+def _eval_batch(config: Config, facts: Facts) -> tuple[int, str]:
+    shown = np.array(facts.sizes).prod(1).max()
+    batch = max(1, min(16, EVAL_LOGITS // (int(shown) * len(facts.classes))))
+    return batch, f"images of up to {shown / 1e6:.2g} megapixels, {len(facts.classes)} classes"
+
+
+def _eval_every(config: Config, facts: Facts) -> tuple[int, str]:
+    del facts
+    steps = config.warmup + (config.steps or config.limits.steps)
+    return max(1, steps // 20), "twenty times in the run"
+
+
+def _classes(config: Config, facts: Facts) -> tuple[tuple[str, ...], str]:
+    del config
+    return facts.classes, f"{len(facts.classes)} classes"
+
+
+RULES: Mapping[str, Callable[[Config, Facts], tuple[Any, str]]] = {
+    "crop": _crop,
+    "batch.labeled": _batch,
+    "batch.unlabeled": _unlabeled_batch,
+    "steps": _steps,
+    "warmup": _warmup,
+    "eval.mode": _eval_mode,
+    "eval.batch": _eval_batch,
+    "eval.every": _eval_every,
+    "data.classes": _classes,
+}
+"""How each key that may be open is decided; later rules see what earlier ones decided."""
+
+
+def _filled(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy in which keys that are open have these values."""
+    result = copy.deepcopy(config)
+    for key, value in values.items():
+        if _is_open(_get(config, key)) and value is not None:
+            value = tuple(value) if isinstance(value, list) else value  # as JSON gives tuples back
+            result.update_from_flattened_dict({key: value})
+    return result
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return (config[section] if section else config)[name]
+
+
+def _is_open(value: Any) -> bool:
+    return value is None or value == ()
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple) and all(isinstance(side, int) for side in value):
+        return "x".join(map(str, value))
+    if isinstance(value, tuple):
+        return ", ".join(value[:6]) + (f", ... {value[-1]}" if len(value) > 6 else "")
+    return str(value)

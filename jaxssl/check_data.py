@@ -1,0 +1,268 @@
+"""Opens every image and mask of a config once, and says whether training would start.
+
+`python -m jaxssl.check_data --config=configs/mkd_folder.py --config.data.root=DIR` prints what is
+there and what is wrong. Exit code 0: training would start; 1: it would fail, with the reasons; 2:
+the config is wrong. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags, logging
+
+from jaxssl import auto, main, methods, phases
+from jaxssl.config import Config
+from jaxssl.contracts import IGNORE_LABEL, DataInfo, Phase, Source, UnreadableError, UserError
+from jaxssl.data import loading, pipeline, quarantine
+from jaxssl.data.masks import ForeignValuesError
+from jaxssl.data.transforms import Augment
+from jaxssl.logs import Console, create_console
+
+SHOWN = 10
+"""Files and values that are named of each kind of trouble."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Checks the data of the config that the flags name; returns the exit code."""
+    logging.set_verbosity(logging.WARNING)
+    config = flags.FLAGS["config"].value
+    try:
+        if len(argv) > 1:
+            raise UserError(f"Unexpected argument {argv[1]!r}.")
+        if config is None:
+            raise UserError("--config is missing: --config=configs/mkd_folder.py, say.")
+        with create_console() as console:
+            return check(config, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(config: Config, console: Console) -> int:
+    """Prints what the data of a config are; returns 0 if training would start, else 1.
+
+    Raises:
+      UserError: the config's method is wrong.
+    """
+    method = methods.load(config.method)
+    try:
+        config = auto.resolve(config, None, console.message)
+        _, sources = loading.training_sets(config.data)
+        sources["val"] = loading.load(config.data, "val", labels=True)
+        planned = method.phases(phases.make_plan(config, sources))
+    except UserError as error:
+        console.message(f"Training would fail: {error}")
+        return 1
+    found = {name: inspect(source, name, console) for name, source in sources.items()}
+    console.close()
+    info = sources["labeled"].info
+    console.table("Images", *_image_table(found))
+    console.table("Pixels of masks, in percent", *_class_table(found, info))
+    for line in _warnings(found, info, config):
+        console.message(f"Warning: {line}")
+    reasons = [*_fatal(found, config), *_unfit_batches(planned, sources, config)]
+    for line in reasons:
+        console.message(f"Training would fail: {line}")
+    if not reasons:
+        console.message("Training would start.")
+    return 1 if reasons else 0
+
+
+@dataclasses.dataclass
+class Findings:
+    """What the images of a set are.
+
+    Attributes:
+      ids: of all images.
+      sizes: (height, width) -> images.
+      gray: images without color.
+      pixels: int64 `[256]`, pixels of each label.
+      images: int64 `[256]`, images that hold each label.
+      digests: fingerprint of an image's pixels -> ids.
+      unreadable: a message for each file that cannot be read.
+      refused: a message for each other mistake.
+      foreign: values that are no class -> pixels.
+    """
+
+    ids: tuple[str, ...]
+    sizes: collections.Counter[tuple[int, int]] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    gray: int = 0
+    pixels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
+    images: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
+    digests: dict[bytes, list[str]] = dataclasses.field(default_factory=dict)
+    unreadable: list[str] = dataclasses.field(default_factory=list)
+    refused: list[str] = dataclasses.field(default_factory=list)
+    foreign: collections.Counter[int | str] = dataclasses.field(default_factory=collections.Counter)
+
+
+def inspect(source: Source, name: str, console: Console) -> Findings:
+    """Opens every image and mask of a source, several at a time.
+
+    Args:
+      source: with or without labels.
+      name: of the set, for the progress bar.
+      console: shows progress.
+    """
+    found = Findings(source.ids)
+    console.phase(name, len(source))
+    with ThreadPoolExecutor() as pool:
+        looks = pool.map(lambda i: _look(source, i), range(len(source)))
+        for done, (image_id, look) in enumerate(zip(source.ids, looks, strict=True), 1):
+            _add(found, image_id, look)
+            console.step(done)
+    return found
+
+
+class _Look(NamedTuple):
+    """What one image and its mask are."""
+
+    size: tuple[int, int]
+    gray: bool
+    digest: bytes
+    pixels: np.ndarray
+
+
+def _look(source: Source, index: int) -> _Look | UserError:
+    try:
+        record = source[index]
+    except UserError as error:
+        return error
+    image, label = record["image"], record.get("label", np.zeros(0, np.uint8))
+    size = (image.shape[0], image.shape[1])
+    return _Look(
+        size,
+        gray=bool((image == image[..., :1]).all()),
+        digest=hashlib.blake2b(bytes(str(size), "ascii") + image.tobytes()).digest(),
+        pixels=np.bincount(np.ravel(label), minlength=256),
+    )
+
+
+def _add(found: Findings, image_id: str, look: _Look | UserError) -> None:
+    if isinstance(look, UserError):
+        (found.unreadable if isinstance(look, UnreadableError) else found.refused).append(str(look))
+        if isinstance(look, ForeignValuesError):
+            found.foreign.update(look.counts)
+        return
+    found.sizes[look.size] += 1
+    found.gray += look.gray
+    found.pixels += look.pixels
+    found.images += look.pixels > 0
+    found.digests.setdefault(look.digest, []).append(image_id)
+
+
+_Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def _image_table(found: Mapping[str, Findings]) -> _Table:
+    rows = []
+    for name, one in found.items():
+        sizes = auto.size_range(one.sizes) + (f", {len(one.sizes)} sizes" * (len(one.sizes) > 1))
+        counts = (len(one.ids), one.gray, len(one.unreadable), len(one.refused))
+        rows.append((name, sizes, *map(str, counts)))
+    return ("set", "height x width", "images", "gray", "unreadable", "refused"), rows
+
+
+def _class_table(found: Mapping[str, Findings], info: DataInfo) -> _Table:
+    """Share of each class among the labeled pixels; and of the ignored ones among all."""
+    labeled = {name: one for name, one in found.items() if one.pixels.any()}
+    names = {**dict(enumerate(info.classes)), IGNORE_LABEL: "(ignored)"}
+    rows = []
+    for label, name in names.items():
+        row = [name]
+        for one in labeled.values():
+            known = one.pixels.sum() - (label != IGNORE_LABEL) * one.pixels[IGNORE_LABEL]
+            share = f"{100 * one.pixels[label] / max(known, 1):.2f}"
+            row += [share if one.pixels[label] else "absent", str(one.images[label])]
+        rows.append(tuple(row))
+    columns = [word for name in labeled for word in (f"{name} %", "images")]
+    return ("class", *columns), rows
+
+
+def _warnings(found: Mapping[str, Findings], info: DataInfo, config: Config) -> Iterator[str]:
+    """What training would put up with, but its result would not."""
+    for name in ("labeled", "val"):
+        absent = [c for label, c in enumerate(info.classes) if not found[name].pixels[label]]
+        if absent and found[name].pixels.any():
+            yield f"{len(absent)} classes are absent in {name}: {_few(absent)}."
+    for name in ("labeled", "unlabeled"):
+        same = sorted(set(found[name].ids) & set(found["val"].ids))
+        if same:
+            yield f"{len(same)} ids are in {name} and in val: {_few(same)}."
+        twice = sorted(found[name].digests.keys() & found["val"].digests.keys())
+        pairs = [f"{found[name].digests[d][0]} and {found['val'].digests[d][0]}" for d in twice]
+        if pairs:
+            yield f"{len(pairs)} pictures are in {name} and in val: {_few(pairs)}."
+    for name, one in found.items():
+        if one.unreadable and name != "val" and not _too_many(one, config):
+            yield (
+                f"{len(one.unreadable)} of {name} cannot be read; training puts other images in "
+                f"their place: {_lines(one.unreadable)}"
+            )
+    foreign = sum((one.foreign for one in found.values()), collections.Counter())
+    if foreign:
+        yield _suggest_ignore(foreign, config)
+
+
+def _suggest_ignore(foreign: collections.Counter[int | str], config: Config) -> str:
+    shown = [f"{value} ({count} pixels)" for value, count in foreign.most_common(SHOWN)]
+    value, _ = foreign.most_common(1)[0]
+    advice = f"a line in classes.txt: ignore {value}"
+    if isinstance(value, int):
+        ignore = ",".join(map(str, (*config.data.ignore, value)))
+        advice = f"--config.data.ignore={ignore}"
+    return (
+        f"Masks hold values that are no class: {', '.join(shown)}. If {value} marks pixels to "
+        f"ignore, add {advice}"
+    )
+
+
+def _fatal(found: Mapping[str, Findings], config: Config) -> Iterator[str]:
+    """Why training would fail, as far as files are concerned."""
+    for name, one in found.items():
+        if one.refused:
+            yield f"{len(one.refused)} of {len(one.ids)} of {name}: {_lines(one.refused)}"
+        if one.unreadable and (name == "val" or _too_many(one, config)):
+            yield f"{len(one.unreadable)} of {name} cannot be read: {_lines(one.unreadable)}"
+        if name != "unlabeled" and not one.pixels[:IGNORE_LABEL].any():
+            yield f"No pixel of {name} has a class."
+
+
+def _too_many(found: Findings, config: Config) -> bool:
+    return len(found.unreadable) > quarantine.allowed(config.data.max_damaged, len(found.ids))
+
+
+def _unfit_batches(
+    planned: Sequence[Phase], sources: Mapping[str, Source], config: Config
+) -> list[str]:
+    augment = Augment(tuple(config.crop), tuple(config.augment.scale), config.augment.flip)
+    reasons = []
+    for stream in {stream.name: stream for phase in planned for stream in phase.streams}.values():
+        try:
+            pipeline.check(pipeline.Feed(stream, sources[stream.name], augment), config.seed)
+        except UserError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _few(items: Sequence[str]) -> str:
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return f"{', '.join(items[:SHOWN])}{more}"
+
+
+def _lines(items: Sequence[str]) -> str:
+    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return "".join(f"\n  {item}" for item in [*items[:SHOWN], *more])
+
+
+if __name__ == "__main__":
+    app.run(run, flags_parser=main.parse)

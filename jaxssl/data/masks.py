@@ -1,0 +1,432 @@
+"""Masks as people store them: ids, palettes, colors, black and white; and the table of classes that
+says what they mean.
+
+A class table is text, a class a line: `[VALUE] NAME [COLOR]`, such as `road`, `7 road`,
+`road 128 64 128` or `7 road #804080`; spaces, commas or colons separate. VALUE is what the masks
+hold; without it, the lines are the values 0, 1, 2, ... that `data.ignore` leaves. COLOR is shown in
+pictures, and is what masks in RGB hold. A line with the name `ignore` is no class: its value and
+color count nowhere. Empty lines, and lines that begin with `#`, say nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jaxssl.contracts import IGNORE_LABEL, DataInfo, UnreadableError, UserError
+from jaxssl.data.files import open_image
+
+MOST_CLASSES = 254
+"""Labels are bytes: 255 is the pixel to ignore, and 254 is kept for values that are no class."""
+
+MOST_COLORS = 64
+"""More colors than this are not taken for classes: they are smoothed edges, or a photograph."""
+
+MOST_VALUE = 65535
+"""The highest value that a mask of 16 bits holds."""
+
+_FOREIGN = 254
+_RGB = tuple[int, int, int]
+_LINE = re.compile(
+    r"(?:(?P<value>\d+)[\s,:]+)?(?P<name>.*?\S)"
+    r"(?:[\s,:]+(?:#(?P<hex>[0-9a-fA-F]{6})|(?P<r>\d+)[\s,]+(?P<g>\d+)[\s,]+(?P<b>\d+)))?"
+)
+
+
+class ForeignValuesError(UserError):
+    """A mask holds values that are no class.
+
+    Attributes:
+      counts: value (an id, or a color as "#rrggbb") -> pixels.
+    """
+
+    def __init__(self, message: str, counts: Mapping[int | str, int]):
+        super().__init__(message, dict(counts))  # both, so that it survives pickling
+        self.counts = dict(counts)
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTable:
+    """What the values of masks mean.
+
+    Attributes:
+      names: of the classes; position = label.
+      values: what masks hold, by label.
+      colors: by label; None where the table gives none.
+      ignore: values to ignore, as the config gives them.
+      void: (value, color) of the table's lines with the name "ignore".
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    colors: tuple[_RGB | None, ...]
+    ignore: tuple[int, ...] = (IGNORE_LABEL,)
+    void: tuple[tuple[int, _RGB | None], ...] = ()
+
+    @property
+    def info(self) -> DataInfo:
+        """Names and palette; classes without a color get one of the default palette."""
+        default = default_palette(len(self.names))
+        palette = (own or other for own, other in zip(self.colors, default, strict=True))
+        return DataInfo(self.names, tuple(palette))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The table as text, with a value in each line."""
+        rows = [*zip(self.values, self.names, self.colors, strict=True)]
+        rows += [(value, "ignore", color) for value, color in self.void]
+        return tuple(
+            f"{value} {name} {_hex(rgb) if rgb else ''}".strip() for value, name, rgb in rows
+        )
+
+    def labels_of_values(self) -> dict[int, int]:
+        """Value -> label; a class stands above a value to ignore."""
+        ignored = dict.fromkeys((*self.ignore, *(value for value, _ in self.void)), IGNORE_LABEL)
+        return ignored | {value: label for label, value in enumerate(self.values)}
+
+    def labels_of_colors(self) -> dict[_RGB, int]:
+        """Color -> label, of those that the table gives."""
+        ignored = {rgb: IGNORE_LABEL for _, rgb in self.void if rgb is not None}
+        return ignored | {c: label for label, c in enumerate(self.colors) if c is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What some masks hold.
+
+    Attributes:
+      values: of masks with one channel, and the first file that holds each.
+      colors: of masks with three, likewise.
+      palette: color of a value, from palette PNGs.
+      unreadable: how many masks cannot be read; the others were looked at.
+    """
+
+    values: Mapping[int, Path] = dataclasses.field(default_factory=dict)
+    colors: Mapping[_RGB, Path] = dataclasses.field(default_factory=dict)
+    palette: Mapping[int, _RGB] = dataclasses.field(default_factory=dict)
+    unreadable: int = 0
+
+
+def default_palette(count: int) -> tuple[_RGB, ...]:
+    """The colors of PASCAL VOC, up to 256: bit k of every three of a label's bits is bit 7, 6, ...
+    of red, green, blue.
+    """
+    return tuple(
+        tuple(sum((i >> 3 * k + channel & 1) << 7 - k for k in range(3)) for channel in range(3))
+        for i in range(count)
+    )  # pyright: ignore[reportReturnType]  # three channels each
+
+
+def parse(lines: Iterable[str], ignore: Sequence[int], where: str) -> ClassTable:
+    """Reads a class table; the module's docstring has its grammar.
+
+    Args:
+      lines: of the table.
+      ignore: values that count nowhere.
+      where: what holds the lines, for messages.
+
+    Raises:
+      UserError: a line is not understood, or two say the same.
+    """
+    if not all(0 <= value <= MOST_VALUE for value in ignore):
+        raise UserError(f"data.ignore={tuple(ignore)}: values of masks are 0 to {MOST_VALUE}.")
+    rows = [_parse_line(line, where) for line in lines if line.strip() and line.strip()[0] != "#"]
+    given = [value for value, _, _ in rows if value is not None]
+    if given and len(given) < len(rows):
+        raise UserError(
+            f"{where}: {len(given)} of {len(rows)} lines begin with a value. Give one to every "
+            "line, or to none."
+        )
+    counted = iter(sorted(set(range(len(rows) + len(ignore))) - set(ignore)))
+    rows = [(next(counted) if value is None else value, name, rgb) for value, name, rgb in rows]
+    classes = [row for row in rows if row[1].lower() != "ignore"]
+    others = [row for row in rows if row[1].lower() == "ignore"]
+    for what, items in (
+        ("value", [value for value, _, _ in rows]),
+        ("name", [name for _, name, _ in classes]),
+        ("color", [rgb for _, _, rgb in rows if rgb]),
+    ):
+        if twice := [item for item, n in collections.Counter(items).items() if n > 1]:
+            raise UserError(f"{where}: two lines have the {what} {twice[0]}. Mend one of them.")
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        raise UserError(
+            f"{where}: there are {len(classes)} classes. Between 2 and {MOST_CLASSES} can be told "
+            "apart."
+        )
+    values, names, colors = zip(*classes, strict=True)
+    void = tuple((value, rgb) for value, _, rgb in others)
+    return ClassTable(names, values, colors, tuple(ignore), void)
+
+
+def infer(seen: Seen, ignore: Sequence[int]) -> tuple[list[str], str]:
+    """Makes a class table from what masks hold.
+
+    Values 0 and 255 alone are background and foreground. Other values are ids: each from 0 to the
+    highest is a class, or, where those seen lie far apart like gray levels, only those seen.
+    Colors are classes in their order, black first.
+
+    Returns:
+      The lines of the table, and a sentence that says what was found.
+
+    Raises:
+      UserError: the masks mix ids and colors, have too many of them, or tell no two classes apart.
+    """
+    if not _gray(seen.colors):
+        return _infer_colors(seen)
+    values = {**seen.values, **{r: path for (r, _, _), path in seen.colors.items()}}
+    if is_binary(seen, ignore):
+        lines = ["0 background #000000", "255 foreground #ffffff"]
+        return lines, "the masks hold 0 and 255 alone: 0 is background, 255 foreground"
+    found = sorted(values.keys() - set(ignore))
+    if not found or found == [0]:
+        raise UserError(
+            f"The masks hold {_listed(sorted(values)) or 'nothing'}, which makes no two classes. "
+            "Check that they are masks, and --config.data.ignore."
+        )
+    if found[-1] > 255:
+        raise UserError(
+            f"The mask {values[found[-1]]} holds the value {found[-1]}. Ids of classes are 0 to "
+            f"{MOST_CLASSES - 1}. If these are instances, export masks of classes; if they are "
+            "classes, write classes.txt with a line for each: 1000 road."
+        )
+    apart = found[-1] >= 8 * len(found)
+    kept = found if apart else [i for i in range(found[-1] + 1) if i not in ignore]
+    colors = _shown(seen.palette, kept)
+    lines = [f"{i} class {i} {_hex(color)}" for i, color in zip(kept, colors, strict=True)]
+    if apart:
+        return lines, f"the masks hold the values {_listed(found)} alone: each is a class"
+    return lines, f"the masks hold ids up to {found[-1]}: the classes are {kept[0]} to {kept[-1]}"
+
+
+def is_binary(seen: Seen, ignore: Sequence[int]) -> bool:
+    """Whether masks are black and white: they hold the values 0 and 255 and no other."""
+    values = seen.values.keys() | {r for r, _, _ in seen.colors}
+    return values == {0, 255} and _gray(seen.colors) and 0 not in ignore
+
+
+def read(path: Path, table: ClassTable) -> np.ndarray:
+    """Reads a mask as labels, uint8 `[h,w]`, 255 = ignore.
+
+    Masks with one channel (8 or 16 bits, palette, or one bit) hold values. Masks in RGB hold
+    colors, or, where all of them are gray and not all colors of the table, values. Transparency is
+    dropped.
+
+    Raises:
+      ForeignValuesError: a value is no class.
+      UnreadableError: the file cannot be read.
+      UserError: the format keeps no exact values.
+    """
+    pixels = _pixels(path, white=255 if 255 in table.values else 1)
+    if pixels.ndim == 3:
+        gray = (pixels == pixels[..., :1]).all()
+        labels = _from_colors(pixels, table)
+        if gray and (labels == _FOREIGN).any():
+            labels, pixels = _from_values(pixels[..., 0], table), pixels[..., 0]
+    else:
+        labels = _from_values(pixels, table)
+    if (foreign := labels == _FOREIGN).any():
+        raise _foreign(path, pixels[foreign], table)
+    return labels
+
+
+def scan(paths: Iterable[Path], progress: Callable[[int], None] | None = None) -> Seen:
+    """Looks at masks, several at a time.
+
+    Args:
+      paths: of the masks.
+      progress: called with the number of masks looked at.
+
+    Raises:
+      UserError: a mask has a format that keeps no exact values, or far too many colors.
+    """
+    values, colors, palette, unreadable = {}, {}, {}, 0
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor())
+        stack.callback(pool.shutdown, cancel_futures=True)  # after an error, the rest may rest
+        for done, seen in enumerate(pool.map(_look, paths), 1):
+            values = {**seen.values, **values}
+            colors = {**seen.colors, **colors}
+            palette = {**seen.palette, **palette}
+            unreadable += seen.unreadable
+            if progress is not None:
+                progress(done)
+    return Seen(values, colors, palette, unreadable)
+
+
+def _infer_colors(seen: Seen) -> tuple[list[str], str]:
+    if seen.values:
+        gray, color = next(iter(seen.values.values())), next(iter(seen.colors.values()))
+        raise UserError(
+            f"Some masks hold ids in one channel, such as {gray}, some hold colors, such as "
+            f"{color}. Write classes.txt, with a value and a color in each line: 7 road 128 64 128."
+        )
+    if len(seen.colors) > MOST_COLORS:
+        raise UserError(_too_many_colors("The masks hold"))
+    colors = [_hex(color) for color in sorted(seen.colors)]
+    lines = [f"{i} color {color[1:]} {color}" for i, color in enumerate(colors)]
+    return lines, f"the {len(colors)} colors in the masks are the classes"
+
+
+def _too_many_colors(what: str) -> str:
+    return (
+        f"{what} more than {MOST_COLORS} colors. If masks were smoothed, scaled or compressed, "
+        "export them anew as PNG, without that. If the colors are classes, write classes.txt "
+        "with a line for each: road 128 64 128."
+    )
+
+
+def _gray(colors: Iterable[_RGB]) -> bool:
+    return all(r == g == b for r, g, b in colors)
+
+
+def _shown(palette: Mapping[int, _RGB], values: Sequence[int]) -> Sequence[_RGB]:
+    """Colors for values: the masks' own palette, unless it is gray as that of plain ids."""
+    default = default_palette(len(values))
+    if _gray(palette.values()):
+        return default
+    return [palette.get(value, other) for value, other in zip(values, default, strict=True)]
+
+
+def _hex(color: _RGB) -> str:
+    return f"#{bytes(color).hex()}"
+
+
+def _listed(items: Sequence[object]) -> str:
+    """Such as "3, 5, 9 and 12 more"."""
+    shown = ", ".join(map(str, items[:8]))
+    return f"{shown} and {len(items) - 8} more" if len(items) > 8 else shown
+
+
+def _parse_line(line: str, where: str) -> tuple[int | None, str, _RGB | None]:
+    found = _LINE.fullmatch(line.strip())
+    assert found is not None  # a name matches anything
+    value, name = found["value"], found["name"]
+    rgb = None
+    if found["hex"]:
+        rgb = tuple(bytes.fromhex(found["hex"]))
+    elif found["r"]:
+        rgb = (int(found["r"]), int(found["g"]), int(found["b"]))
+    numbers = (int(value or 0), MOST_VALUE), *((channel, 255) for channel in rgb or ())
+    if re.match(r"#|\d+([\s,:]|$)", name) or any(number > most for number, most in numbers):
+        raise UserError(
+            f"{where}: the line {line.strip()!r} is not understood. A line is a name, with the "
+            "mask's value before it and a color behind it if you like: 7 road 128 64 128."
+        )
+    return (None if value is None else int(value)), name, rgb  # pyright: ignore[reportReturnType]
+
+
+def _pixels(path: Path, white: int) -> np.ndarray:
+    """Values `[h,w]` or colors `[h,w,3]`; `white` is what a set bit of a one-bit mask becomes."""
+    image = _open(path)
+    if image.mode == "1":
+        return np.asarray(image).astype(np.uint8) * np.uint8(white)
+    if image.mode in ("LA", "PA", "La"):
+        return np.asarray(image)[..., 0]
+    if image.mode == "RGBA":
+        return np.asarray(image)[..., :3]
+    return np.asarray(image)
+
+
+def _open(path: Path) -> Image.Image:
+    image = open_image(path)
+    if image.format in ("JPEG", "MPO", "JPEG2000"):
+        raise UserError(
+            f"The mask {path} is a {image.format} file. Its compression blends values at every "
+            "border, so it no longer says which class a pixel is. Export the masks as PNG."
+        )
+    if image.mode not in ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "I", "I;16", "I;16B"):
+        raise UserError(
+            f"The mask {path} has mode {image.mode}. Give a PNG with class ids in one channel, or "
+            "with a color per class."
+        )
+    return image
+
+
+def _from_values(values: np.ndarray, table: ClassTable) -> np.ndarray:
+    # What is below 0 or above the table falls on its two ends, which no value owns.
+    return _value_lookup(table).take(values.astype(np.int32) + 1, mode="clip")
+
+
+def _from_colors(pixels: np.ndarray, table: ClassTable) -> np.ndarray:
+    return _color_lookup(table).take(_pack(pixels))
+
+
+@functools.lru_cache(maxsize=8)
+def _value_lookup(table: ClassTable) -> np.ndarray:
+    """Value + 1 -> label."""
+    known = table.labels_of_values()
+    lookup = np.full(max(known) + 3, _FOREIGN, np.uint8)
+    lookup[np.array([*known]) + 1] = [*known.values()]
+    return lookup
+
+
+@functools.lru_cache(maxsize=2)
+def _color_lookup(table: ClassTable) -> np.ndarray:
+    """Packed color -> label, 16 MB."""
+    lookup = np.full(1 << 24, _FOREIGN, np.uint8)
+    for color, label in table.labels_of_colors().items():
+        lookup[_pack(np.array(color))] = label
+    return lookup
+
+
+def _pack(colors: np.ndarray) -> np.ndarray:
+    red, green, blue = np.moveaxis(colors.astype(np.int32), -1, 0)
+    return (red << 16) | (green << 8) | blue
+
+
+def _foreign(path: Path, pixels: np.ndarray, table: ClassTable) -> ForeignValuesError:
+    """What to say of values `[n]`, or colors `[n,3]`, that are no class."""
+    values, numbers = np.unique(pixels if pixels.ndim == 1 else _pack(pixels), return_counts=True)
+    if pixels.ndim == 1:
+        what, names = "class id", [int(value) for value in values]
+        known = f"The classes are {_listed(table.values)}"
+    else:
+        what, names = "color", [f"#{value:06x}" for value in values]
+        known = f"{len(table.labels_of_colors())} colors are known"
+    return ForeignValuesError(
+        f"The mask {path} holds the {what} {_listed(names)}. {known}; {_listed(table.ignore)} is "
+        "ignored. Add a line to classes.txt, or a value to data.ignore: --config.data.ignore="
+        f"{','.join(map(str, table.ignore))},VALUE.",
+        dict(zip(names, numbers.tolist(), strict=True)),
+    )
+
+
+def _look(path: Path) -> Seen:
+    try:
+        image = _open(path)
+    except UnreadableError:
+        return Seen(unreadable=1)
+    if image.mode.startswith("I"):
+        return Seen(values=dict.fromkeys(np.unique(np.asarray(image)).tolist(), path))
+    if image.mode in ("LA", "PA"):
+        image = image.getchannel(0)
+    if image.mode == "RGBA":
+        image = image.convert("RGB")
+    counted = image.getcolors(256)
+    found: Any = {} if counted is None else {value: path for _, value in counted}
+    if image.mode != "RGB":
+        return Seen(values=found, palette=_palette(image, found))
+    if counted is None or (len(found) > MOST_COLORS and not _gray(found)):
+        raise UserError(_too_many_colors(f"The mask {path} holds"))
+    return Seen(colors=found)
+
+
+def _palette(image: Image.Image, values: Iterable[int]) -> dict[int, _RGB]:
+    entries = image.getpalette("RGB") if image.mode == "P" else None
+    if entries is None:
+        return {}
+    colors = zip(entries[::3], entries[1::3], entries[2::3], strict=True)
+    return {value: color for value, color in enumerate(colors) if value in values}

@@ -1,0 +1,456 @@
+"""What a run watches in itself: its pseudo-labels, the distance of its networks, dead losses, and
+updates that came to nothing.
+
+Pseudo-labels and distances are measured on labeled validation images, shown as they are and with
+running statistics. Training sees crops, and students strong views of them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxssl import metrics, sharding
+from jaxssl.config import Config
+from jaxssl.contracts import (
+    IGNORE_LABEL,
+    Method,
+    Metrics,
+    Network,
+    Source,
+    UnreadableError,
+    UserError,
+    Variables,
+)
+from jaxssl.data import loading, pipeline
+from jaxssl.inference import WHOLE, Presentation, make_predict
+from jaxssl.state import TEACHER, TrainState
+from jaxssl.sweep import fold
+
+PRIOR_IMAGES = 500
+"""Labeled training images, evenly spaced, whose labels the prior is counted from at most."""
+
+
+def pseudo_label_counts(
+    truth: jax.Array, taught: jax.Array, valid: jax.Array, num_classes: int
+) -> jax.Array:
+    """Counts pairs of true class and pseudo-label.
+
+    Args:
+      truth: uint8 `[...]`, below C or 255.
+      taught: uint8 `[...]`, below C, or 255 where nothing is taught.
+      valid: bool `[...]`, False for padding, which is not counted.
+      num_classes: C.
+
+    Returns:
+      int32 `[C+1,C+1]`: rows truth, the last one for pixels without; columns pseudo-labels, the
+      last one for pixels without.
+    """
+
+    def with_none(labels: jax.Array) -> jax.Array:
+        return jnp.where(labels == IGNORE_LABEL, num_classes, labels.astype(jnp.int32))
+
+    rows = jnp.where(valid, with_none(truth), IGNORE_LABEL)
+    return metrics.confusion_matrix(rows, with_none(taught), num_classes + 1)
+
+
+def total_variation(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Half the L1 distance of two softmaxes, in [0,1]; logits `[...,C]` -> `[...]`."""
+    difference = jax.nn.softmax(a) - jax.nn.softmax(b)
+    return jnp.abs(difference).sum(-1) / 2
+
+
+def kl_divergence(prior: np.ndarray, counts: np.ndarray) -> float:
+    """KL(prior || pseudo-labels) of two class distributions given as counts `[C]`, in nats.
+
+    A class without a pixel in the prior adds nothing to the sum. A class of the prior that is never
+    taught counts as half a pixel, else the divergence were infinite. nan where either is empty.
+    """
+    if not prior.sum() or not counts.sum():
+        return float("nan")
+    known = prior > 0
+    floored = np.where(known, np.maximum(counts, 0.5), counts)
+    p, q = prior[known] / prior.sum(), floored[known] / floored.sum()
+    return float(np.sum(p * np.log(p / q)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoLabels:
+    """Pseudo-labels beside the truth. Shares are in [0,1], nan where there is nothing to divide by.
+
+    Attributes:
+      counts: int64 `[C+1,C+1]` of `pseudo_label_counts`.
+    """
+
+    counts: np.ndarray
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """Pixels with a truth that each class is taught to, int64 `[C]`."""
+        return self.counts[:-1, :-1].sum(0)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the kept pixels that are right."""
+        return metrics.pixel_accuracy(self.counts[:-1, :-1])
+
+    @property
+    def coverage(self) -> float:
+        """Share of the pixels with a truth that are kept."""
+        return _share(self.counts[:-1, :-1].sum(), self.counts[:-1].sum())
+
+    @property
+    def kept(self) -> float:
+        """Share of all pixels that are kept, those without a truth included."""
+        return _share(self.counts[:, :-1].sum(), self.counts.sum())
+
+    @property
+    def precision(self) -> np.ndarray:
+        """By pseudo-label: share that is right, `[C]`."""
+        return metrics.class_accuracy(self.counts[:-1, :-1].T)
+
+    @property
+    def class_coverage(self) -> np.ndarray:
+        """By true class: share that is kept, right or wrong, `[C]`."""
+        rows = self.counts[:-1]
+        return np.array([_share(row[:-1].sum(), row.sum()) for row in rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """What one look at the networks found.
+
+    Attributes:
+      labeler: the network whose pseudo-labels these are.
+      pseudo: pseudo-labels.
+      prior: int64 `[C]`, pixels per class in the labels that training has.
+      distances: "coupling", and "gap/a" for each teacher and its student: their mean total
+        variation distance.
+      images: how many were looked at.
+    """
+
+    labeler: str
+    pseudo: PseudoLabels
+    prior: np.ndarray
+    distances: Mapping[str, float]
+    images: int
+
+    @property
+    def kl(self) -> float:
+        """KL(prior || pseudo-labels), see `kl_divergence`."""
+        return kl_divergence(self.prior, self.pseudo.per_class)
+
+    def values(self, classes: Sequence[str]) -> dict[str, float]:
+        """For metrics.jsonl; what is undefined, such as the precision of a class that is not
+        taught, is left out.
+        """
+        found = {
+            "watch/pseudo/accuracy": self.pseudo.accuracy,
+            "watch/pseudo/coverage": self.pseudo.coverage,
+            "watch/pseudo/kept": self.pseudo.kept,
+            "watch/pseudo/kl": self.kl,
+        }
+        for name, values in self._per_class().items():
+            for label, value in zip(classes, values, strict=True):
+                found[f"watch/pseudo/{name}/{label}"] = float(value)
+        found |= {f"watch/{name}": value for name, value in self.distances.items()}
+        return {name: value for name, value in found.items() if np.isfinite(value)}
+
+    def line(self) -> str:
+        """The overall values, in one line."""
+        shares = {"accuracy": self.pseudo.accuracy, "coverage": self.pseudo.coverage}
+        words = [f"{name} {_percent(value)}" for name, value in shares.items()]
+        words.append(f"KL(labels || pseudo) {self.kl:.2f}" if np.isfinite(self.kl) else "")
+        words += [f"{name.replace('/', ' ')} {v:.3f}" for name, v in self.distances.items()]
+        found = ", ".join(word for word in words if word)
+        return f"pseudo-labels of {self.labeler} on {self.images} images: {found}"
+
+    def rows(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
+        """A table of percentages by class under the names in `COLUMNS`; classes that neither the
+        labels nor the pseudo-labels have are left out.
+        """
+        prior = self.prior / max(self.prior.sum(), 1)
+        columns = [*self._per_class().values(), prior]
+        occurs = (self.pseudo.counts[:-1].sum(1) + self.pseudo.per_class + self.prior) > 0
+        return [
+            (label, *(_percent(column[i], "") for column in columns))
+            for i, label in enumerate(classes)
+            if occurs[i]
+        ]
+
+    def _per_class(self) -> dict[str, np.ndarray]:
+        taught = self.pseudo.per_class
+        return {
+            "precision": self.pseudo.precision,
+            "coverage": self.pseudo.class_coverage,
+            "share": np.array([_share(count, taught.sum()) for count in taught]),
+        }
+
+
+COLUMNS = ("class", "precision %", "coverage %", "of pseudo-labels %", "of labels %")
+"""Of `Watched.rows`."""
+
+
+class Watcher:
+    """Looks at the networks of a method that has a labeler; compiles once per architecture and
+    image size.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        nets: Mapping[str, Network],
+        sources: Mapping[str, Source],
+        mesh: Mesh,
+        config: Config,
+    ):
+        """Prepares; nothing is read or compiled yet.
+
+        Args:
+          method: says which networks to look at.
+          nets: by student.
+          sources: "val", with labels, is looked at; the prior comes from "labeled".
+          mesh: devices; those of the main process are used.
+          config: of the run. `eval.watch` is the number of images, evenly spaced, 0 for none. They
+            are shown whole, or by windows where evaluation needs them.
+        """
+        self._method = method
+        self._labeled = _evenly_spaced(sources["labeled"], PRIOR_IMAGES)
+        self._source = _evenly_spaced(sources["val"], config.eval.watch)
+        self._bucket = config.eval.bucket
+        self._pairs = _pairs(method)
+        self._mesh = sharding.make_mesh(mesh.local_devices)
+        self._everywhere, rows = sharding.replicated(self._mesh), sharding.batched(self._mesh)
+        how = Presentation.of(config.eval, config.crop)
+        how = Presentation("slide", how.window, how.stride) if how.mode == "slide" else WHOLE
+        programs = {  # networks of one architecture share a program
+            net: jax.jit(
+                make_predict(net, how),
+                in_shardings=(self._everywhere, rows, rows),
+                out_shardings=rows,
+            )
+            for net in set(nets.values())
+        }
+        self._predict = {name: programs[net] for name, net in nets.items()}
+        self._compare = jax.jit(
+            self._measure,
+            in_shardings=(rows, rows, rows, self._everywhere),
+            out_shardings=self._everywhere,
+        )
+
+    def __call__(self, state: TrainState, progress: float) -> Watched | None:
+        """Looks; None where there is nothing to look at, and in all processes but the main one.
+
+        Args:
+          state: with the networks.
+          progress: of the phase, in [0,1]; a method's threshold may depend on it.
+        """
+        labeler = self._method.labeler
+        if labeler is None or not len(self._source) or jax.process_index():
+            return None
+        names = {labeler, *(name for pair in self._pairs.values() for name in pair)}
+        networks = {name: self._local(state.network(name)) for name in sorted(names)}
+        now, total = np.float32(progress), collections.defaultdict[str, Any](int)
+
+        def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, object]:
+            logits = {
+                name: self._predict[name.removeprefix(TEACHER)](
+                    variables, batch["image"], batch["valid"]
+                )
+                for name, variables in networks.items()
+            }
+            return carry, self._compare(logits, batch["label"], batch["valid"], now)
+
+        def add(_: object, measured: Mapping[str, np.ndarray]) -> None:
+            # Over a data set, int32 would overflow and float32 round.
+            for name, value in measured.items():
+                total[name] += value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
+
+        # One image for each device: several networks' logits are large.
+        batches = pipeline.in_order(self._source, self._mesh.size, bucket=self._bucket)
+        fold(update, None, batches, self._mesh, sink=add)
+        return Watched(
+            labeler,
+            PseudoLabels(total["counts"]),
+            self.prior,
+            {name: _share(total[name], total["counts"].sum()) for name in self._pairs},
+            len(self._source),
+        )
+
+    @functools.cached_property
+    def prior(self) -> np.ndarray:
+        """Pixels per class in the labels that training has, int64 `[C]`; counted once, from at most
+        `PRIOR_IMAGES` images. One that cannot be read is left out.
+        """
+        return class_counts(self._labeled)
+
+    def _local(self, variables: Variables) -> Variables:
+        """A copy for programs in which no other process takes part."""
+        if jax.process_count() == 1:
+            return variables
+        return jax.tree.map(
+            lambda x: jax.device_put(x.addressable_data(0), self._everywhere), variables
+        )
+
+    def _measure(
+        self,
+        logits: Mapping[str, jax.Array],
+        label: jax.Array,
+        valid: jax.Array,
+        progress: jax.Array,
+    ) -> dict[str, jax.Array]:
+        """Sums over one batch: "counts" `[C+1,C+1]`, and a scalar for each pair of networks."""
+        assert self._method.labeler is not None
+        teaching = logits[self._method.labeler]
+        taught = self._method.pseudo_labels(teaching, progress=progress)
+        sums = {"counts": pseudo_label_counts(label, taught, valid, teaching.shape[-1])}
+        for name, (one, other) in self._pairs.items():
+            distance = total_variation(logits[one], logits[other])
+            sums[name] = jnp.where(valid, distance, 0).sum()
+        return sums
+
+
+def class_counts(source: Source) -> np.ndarray:
+    """Pixels of each class in the labels of a source, int64 `[C]`."""
+
+    def count(position: int) -> np.ndarray:
+        try:
+            label = source[position].get("label")
+        except UnreadableError:
+            label = None
+        flat = np.zeros(0, np.uint8) if label is None else np.ravel(label)
+        return np.bincount(flat, minlength=IGNORE_LABEL + 1)[: source.info.num_classes]
+
+    with ThreadPoolExecutor(4) as pool:
+        return sum(pool.map(count, range(len(source))), np.zeros(source.info.num_classes, np.int64))
+
+
+class SkippedUpdates:
+    """Counts updates in a row that were dropped because something was not finite, and ends the run
+    after too many. It holds what a step gave until it is asked, as the host runs ahead of the
+    device.
+    """
+
+    def __init__(self, limit: int, sources: Mapping[str, Source]):
+        """Starts at none.
+
+        Args:
+          limit: updates in a row that end the run; 0 for none.
+          sources: by stream, for the ids of images.
+        """
+        self._limit, self._sources = limit, sources
+        self._pending: list[tuple[int, Any, dict[str, np.ndarray]]] = []
+        self._row: list[tuple[int, dict[str, np.ndarray]]] = []
+
+    def add(
+        self, step: int, measured: Metrics, rows: Mapping[str, Mapping[str, np.ndarray]]
+    ) -> None:
+        """Takes the metrics of one step, still on the device, and the batch that it saw."""
+        # A copy: a view would keep the whole batch alive.
+        indices = {name: np.array(part["index"]) for name, part in rows.items() if "index" in part}
+        self._pending.append((step, measured["skipped"][0], indices))
+
+    def wait(self, ahead: int = 2) -> None:
+        """Waits until the device has at most `ahead` steps still to do. More would keep their
+        batches in memory, and make the host's progress look like the device's.
+        """
+        if len(self._pending) > ahead:
+            jax.block_until_ready(self._pending[-1 - ahead][1])
+
+    def device_is_busy(self) -> bool:
+        """Whether the last step that was added is still to be done."""
+        return bool(self._pending) and not self._pending[-1][1].is_ready()
+
+    def in_a_row(self) -> int:
+        """Updates up to the last one that were dropped, one after the other; waits for the device.
+
+        Raises:
+          UserError: there were `limit` in a row since the last call, or before.
+        """
+        pending, self._pending = self._pending, []
+        flags = jax.device_get([flag for _, flag, _ in pending])
+        for (step, _, indices), skipped in zip(pending, flags, strict=True):
+            if not skipped:
+                self._row.clear()
+                continue
+            self._row.append((step, indices))
+            if 0 < self._limit <= len(self._row):
+                raise self._error()
+        return len(self._row)
+
+    def _error(self) -> UserError:
+        lines = [
+            f"  step {step}, {stream}: {', '.join(self._sources[stream].ids[i] for i in index)}"
+            for step, indices in self._row[-3:]
+            for stream, index in indices.items()
+        ]
+        return UserError(
+            f"Training stops: in steps {self._row[0][0]} to {self._row[-1][0]}, {len(self._row)} "
+            "updates in a row were skipped, as the loss or its gradient was not finite. Nothing "
+            "was saved since. Images of the last of these steps:\n"
+            + "\n".join(lines)
+            + "\nIf train/loss or train/gradient_norm grew before that, start again with a lower "
+            "--config.optimizer.learning_rate, or with --config.optimizer.clip_norm=10 (--config."
+            "model.dtype=float32 where it is another); if not, look at these images. "
+            "--config.max_skipped=N waits for N updates, 0 for ever."
+        )
+
+
+class ZeroLosses:
+    """Finds loss terms that do nothing: exactly zero in several reports of a phase in a row.
+
+    A loss term is what a method logs as "loss_<term>". Reports without it, as in a warm-up, say
+    nothing of it.
+    """
+
+    def __init__(self, phase: str, reports: int = 5):
+        self._phase, self._reports = phase, reports
+        self._zeros: collections.Counter[str] = collections.Counter()
+        self._told: set[str] = set()
+
+    def add(self, values: Mapping[str, float]) -> list[str]:
+        """Takes the metrics of a report; the warnings to give now, one for each term and phase."""
+        for name, value in values.items():
+            if name.startswith("loss_"):
+                self._zeros[name] = self._zeros[name] + 1 if value == 0 else 0
+        found = [name for name, count in self._zeros.items() if count == self._reports]
+        new = [name for name in found if name not in self._told]
+        self._told.update(new)
+        return [
+            f"warning: {name} was exactly zero in the last {self._reports} reports of "
+            f"{self._phase}. Unless the config turns it off, see whether any pseudo-labels are "
+            "kept (train/kept, watch/pseudo/kept in metrics.jsonl) and what a threshold asks for."
+            for name in new
+        ]
+
+
+def _pairs(method: Method) -> dict[str, tuple[str, str]]:
+    """Networks to compare: the two teachers, or else the two students; each teacher and its
+    student.
+    """
+    teachers = {name: TEACHER + name for name in method.teachers}
+    peers = tuple(teachers.values()) if len(teachers) == 2 else method.students
+    pairs = {"coupling": (peers[0], peers[1])} if len(peers) == 2 else {}
+    return pairs | {f"gap/{name}": (teacher, name) for name, teacher in teachers.items()}
+
+
+def _evenly_spaced(source: Source, count: int) -> loading.Subset:
+    count = min(count, len(source))
+    return loading.Subset(source, [source.ids[i * len(source) // count] for i in range(count)])
+
+
+def _share(part: float, whole: float) -> float:
+    return float(part / whole) if whole else float("nan")
+
+
+def _percent(share: float, unit: str = " %") -> str:
+    return f"{100 * share:.1f}{unit}" if np.isfinite(share) else "-"

@@ -1,0 +1,166 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxssl import auto
+from jaxssl import config as configs
+from jaxssl.data.folder import Facts
+
+CLASSES = ("0 sky", "1 road")
+
+
+def facts(labeled=40, unlabeled=100, sizes=((240, 320), (480, 640)), classes=CLASSES):
+    return Facts(labeled, unlabeled, tuple(sizes), classes, ("a note",))
+
+
+def chosen(key, given, network="small", **settings):
+    config = configs.folder(network)
+    config.update_from_flattened_dict(settings)
+    return auto._get(auto.choose(config, given)[0], key)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "network", "crop"),
+    [
+        ([(360, 480)], "small", (256, 256)),
+        ([(360, 480)], "r50", (352, 480)),
+        ([(1024, 2048)], "r50", (512, 512)),
+        ([(64, 128)], "small", (64, 128)),
+        ([(20, 33)], "small", (20, 32)),
+        ([(300, 300)] * 19 + [(50, 50)], "r50", (288, 288)),
+        ([(300, 300)] * 5 + [(50, 70)] * 5, "r50", (32, 64)),
+    ],
+)
+def test_crop_fits_nine_of_ten_images(sizes, network, crop):
+    assert chosen("crop", facts(sizes=sizes), network) == crop
+
+
+@pytest.mark.parametrize(
+    ("labeled", "unlabeled", "network", "batch"),
+    [
+        (40, 100, "small", 4),
+        (40, 100, "r50", 8),
+        (3, 100, "r50", 2),
+        (1, 9, "r50", 1),
+        (40, 5, "r50", 4),
+        (7, 0, "r50", 4),
+    ],
+)
+def test_batch_takes_no_more_images_than_there_are(labeled, unlabeled, network, batch):
+    assert chosen("batch.labeled", facts(labeled, unlabeled), network) == batch
+    assert chosen("batch.unlabeled", facts(labeled, unlabeled), network) == batch
+
+
+@pytest.mark.parametrize(("images", "steps"), [(10, 250), (30, 750), (1000, 1000)])
+def test_steps_are_a_hundred_passes_within_limits(images, steps):
+    assert chosen("steps", facts(4, images)) == steps
+    assert chosen("warmup", facts(4, images)) == steps
+    assert chosen("eval.every", facts(4, images)) == 2 * steps // 20
+    assert chosen("warmup", facts(4, images), **{"model.pretrained": "some"}) == 0
+    assert chosen("steps", facts(4, images), epochs=7.0) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "crop", "mode"),
+    [
+        ([(256, 512)], (128, 256), "whole"),
+        ([(256, 512), (257, 300)], (128, 256), "slide"),
+        ([(100, 513)], (128, 256), "slide"),
+    ],
+)
+def test_large_images_are_evaluated_by_windows(sizes, crop, mode):
+    assert chosen("eval.mode", facts(sizes=sizes), crop=crop) == mode
+
+
+def test_evaluation_batches_hold_a_bounded_number_of_logits():
+    # 2**26 / (1024 * 1024 * 2 classes) = 32; / 150 classes: less than one image
+    assert chosen("eval.batch", facts(sizes=[(1024, 1024)])) == 16
+    assert chosen("eval.batch", facts(sizes=[(1024, 2048)], classes=CLASSES * 8)) == 2
+    assert chosen("eval.batch", facts(sizes=[(1024, 1024)], classes=CLASSES * 75)) == 1
+
+
+def test_what_a_user_sets_stays():
+    config = configs.folder("small")
+    own = {"crop": (40, 50), "batch.labeled": 3, "steps": 9, "warmup": 0, "eval.mode": "slide"}
+    own |= {"batch.unlabeled": 5, "eval.batch": 2, "eval.every": 7, "data.classes": ("x", "y")}
+    config.update_from_flattened_dict(own)
+    result, lines = auto.choose(config, facts())
+    assert lines == []
+    assert result.to_dict() == config.to_dict()
+    config.batch.labeled = None
+    result, (line,) = auto.choose(config, facts())
+    assert result.batch.labeled == 4
+    assert line.startswith("chosen from the data: batch.labeled 4 (")
+    assert config.batch.labeled is None
+
+
+def test_every_choice_is_said():
+    config, lines = auto.choose(configs.folder("small"), facts())
+    assert len(lines) == len(auto.RULES)
+    assert "crop 224x256 (images are 240x320 to 480x640)" in lines[0]
+    assert not any(auto._is_open(auto._get(config, key)) for key in auto.RULES)
+
+
+def test_a_resumed_run_goes_on_as_it_began(tmp_path):
+    began, _ = auto.choose(configs.folder("small"), facts())
+    (tmp_path / "config.json").write_text(began.to_json_best_effort())
+    config = configs.folder("small")  # its data.root is not there: nothing is looked at
+    config.eval.mode = "whole"
+    resumed = auto.resolve(config, tmp_path, print)
+    assert resumed.eval.mode == "whole"
+    assert resumed.crop == (224, 256)
+    stored = json.loads(began.to_json_best_effort())
+    assert configs.differences(stored, json.loads(resumed.to_json_best_effort())) == []
+
+
+def test_other_data_sets_set_everything_themselves():
+    config = configs.cityscapes(None, None)
+    assert auto.resolve(config, None, print) is config
+
+
+def test_size_range():
+    assert auto.size_range([(3, 9), (5, 7)]) == "3x7 to 5x9"
+    assert auto.size_range([(3, 9)]) == "3x9"
+    assert auto.size_range([]) == "-"
+
+
+@pytest.mark.slow  # compiles a step
+def test_a_folder_with_black_and_white_masks_trains_and_resumes(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        size = (40 + i, 60 - i)
+        for kind, array in (
+            ("images", rng.integers(0, 256, (*size, 3), np.uint8)),
+            ("labels", 255 * rng.integers(0, 2, size, np.uint8)),
+        ):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(tmp_path / "data" / kind / f"image {i}.png")
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "jaxssl.main", f"--workdir={workdir}"]
+    command += ["--config=configs/supervised_folder.py:small", "--config.model.width=8"]
+    command += [f"--config.data.root={tmp_path / 'data'}"]
+    command += ["--config.steps=2", "--config.warmup=0"]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    printed = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=root, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert "0 is background, 255 foreground" in printed[0]
+    assert "chosen from the data: crop 32x32 (images are 40x53 to 47x60)" in printed[0]
+    assert "chosen" not in printed[1]
+    assert "Resumed at step 2 of 2" in printed[1]
+    stored = json.loads((workdir / "config.json").read_text())
+    assert (stored["crop"], stored["batch"]["labeled"], stored["steps"]) == ([32, 32], 4, 2)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {"val/a/iou/background", "val/a/iou/foreground"} <= lines[-1].keys()

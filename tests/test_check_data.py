@@ -1,0 +1,209 @@
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxssl import check_data
+from jaxssl import config as configs
+from jaxssl.contracts import UserError
+from jaxssl.logs import Console
+
+ROOT = Path(__file__).parents[1]
+NAMES = [f"scene {i}" for i in range(8)]
+
+
+def image(seed, size=(40, 50)):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+def mask(seed, size=(40, 50)):
+    """Two classes, and some pixels to ignore in the corner."""
+    label = (np.random.default_rng(seed).random(size) < 0.25).astype(np.uint8)
+    label[:4, :5] = 255
+    return label
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Eight labeled images, three without masks, two for validation."""
+    for seed, name in enumerate(NAMES):
+        save(tmp_path / f"images/{name}.PNG", image(seed))
+        save(tmp_path / f"labels/{name}.png", mask(seed))
+    for seed in (20, 21, 22, 23):
+        save(tmp_path / f"unlabeled/{seed}.jpg", image(seed, (seed + 20, 60)))
+    for seed in (30, 31):
+        save(tmp_path / f"val/images/{seed}.png", image(seed))
+        save(tmp_path / f"val/labels/{seed}.png", mask(seed))
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    return tmp_path
+
+
+def config(root, method="mkd", **settings):
+    config = configs.folder("small")
+    with config.unlocked():
+        config.method.name = method
+    config.update_from_flattened_dict({"data.root": str(root), **settings})
+    return config
+
+
+def check(config):
+    """Exit code and what is printed."""
+    stream = io.StringIO()
+    return check_data.check(config, Console(stream)), stream.getvalue()
+
+
+def listing(root):
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def test_a_sound_folder_would_train(root):
+    save(root / "images/scene 0.PNG", np.dstack([image(0)[..., 0]] * 3))
+    before = listing(root)
+    code, text = check(config(root))
+    assert code == 0, text
+    assert listing(root) == before
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "labeled 40x50 8 1 0 0" in lines
+    assert "unlabeled 40x60 to 43x60, 4 sizes 4 0 0 0" in lines
+    assert "Training would start." in lines
+    assert "Warning" not in text
+    stacked = np.stack([mask(seed) for seed in range(8)])
+    share = 100 * (stacked == 1).sum() / (stacked < 2).sum()
+    assert any(line.startswith(f"road {share:.2f} 8 ") for line in lines)
+    assert any(line.startswith("(ignored) 1.00 8 1.00 2") for line in lines)
+
+
+def spoil_unreadable_val(root):
+    path = root / "val/images/30.png"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def spoil_size(root):
+    save(root / "labels/scene 2.png", mask(2, (50, 40)))
+
+
+def spoil_value(root):
+    label = mask(3)
+    label[10:20] = 7
+    save(root / "labels/scene 3.png", label)
+
+
+def spoil_many(root):
+    for name in NAMES[:5]:
+        (root / f"images/{name}.PNG").write_bytes(b"no image")
+
+
+def spoil_labels(root):
+    for name in NAMES:
+        save(root / f"labels/{name}.png", np.full((40, 50), 255, np.uint8))
+
+
+def spoil_name(root):
+    save(root / "labels/stranger.png", mask(0))
+
+
+def spoil_batch(root):
+    for path in (root / "unlabeled").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_unreadable_val, "1 of val cannot be read: .*30.png"),
+        (spoil_size, "1 of 8 of labeled: .*scene 2.png is 40x50 pixels.*scene 2.PNG is 50x40"),
+        (spoil_value, r"scene 3.png holds the class id 7\. .*"),
+        (spoil_many, "5 of labeled cannot be read: .*scene 4.PNG"),
+        (spoil_labels, "No pixel of labeled has a class"),
+        (spoil_name, r"1 of 9 masks .* labels/stranger\.png"),
+        (spoil_batch, "no images for the stream 'unlabeled'"),
+    ],
+)
+def test_what_would_end_training_is_named(root, spoil, words):
+    spoil(root)
+    code, text = check(config(root))
+    failures = " ".join(text.partition("Training would fail")[2].split())
+    assert code == 1
+    assert "Training would start" not in text
+    assert re.search(words, failures), text
+
+
+def test_supervised_training_needs_no_unlabeled_images(root):
+    spoil_batch(root)
+    assert check(config(root, "supervised"))[0] == 0
+
+
+def test_a_value_to_ignore_is_suggested(root):
+    spoil_value(root)
+    _, text = check(config(root))
+    assert "7 (500 pixels)" in text
+    assert "--config.data.ignore=255,7" in text
+    assert check(config(root, **{"data.ignore": (255, 7)}))[0] == 0
+
+
+def test_what_training_puts_up_with_is_a_warning(root):
+    (root / "classes.txt").write_text("sky\nroad\nunicorn\n")
+    (root / "unlabeled/20.jpg").write_bytes(b"no image")
+    save(root / "unlabeled/copy.png", image(31))
+    code, text = check(config(root))
+    assert code == 0, text
+    for words in (
+        "1 classes are absent in labeled: unicorn",
+        "1 classes are absent in val: unicorn",
+        "1 of unlabeled cannot be read; training puts other images in their place",
+        "1 pictures are in unlabeled and in val: unlabeled/copy and val/31",
+    ):
+        assert f"Warning: {words}" in text
+    assert "unicorn absent 0 absent 0" in " ".join(text.split())
+
+
+def test_streets_are_checked_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    streets = configs.default()
+    configs.use_streets(streets, "4")
+    with streets.unlocked():
+        streets.method.name = "cps"
+    streets.data.update(size=(16, 32), train_count=12, val_count=2)
+    code, text = check(streets)
+    assert code == 0, text
+    assert "labeled 16x32 4 0 0 0" in " ".join(text.split())
+
+
+def test_a_wrong_method_is_no_matter_of_the_data(root):
+    with pytest.raises(UserError, match="fixmatch"):
+        check(config(root, "fixmatch"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--config=configs/supervised_folder.py:small", "--config.data.root={root}"], 0),
+        (["--config=configs/supervised_folder.py:small", "--config.data.root={root}/none"], 1),
+        (["--config=configs/supervised_folder.py:tiny"], 2),
+        ([], 2),
+    ],
+)
+def test_exit_codes_of_the_command(root, arguments, code):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxssl.check_data", *(a.format(root=root) for a in arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "none", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("Training would start." in done.stdout) == (code == 0)
+    assert done.stderr.startswith("error: ") == (code == 2)

