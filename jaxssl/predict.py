@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxssl import logs, phases
+from jaxssl import logs, startup
 from jaxssl.contracts import Network, UnreadableError, UserError, Variables
 from jaxssl.inference import Predict, Presentation, make_predict
 from jaxssl.predictions import Outputs, Prediction, find_images, read_image
@@ -253,7 +253,7 @@ def predict(
     if how.mode == "center_crop":  # of interest to scores alone: the whole image is shown
         how = dataclasses.replace(how, mode="whole")
     outputs.claim({"workdir": str(run.workdir), "network": network, "step": step, "mode": str(how)})
-    phases.keep_compiled(run.config)
+    startup.keep_compiled(run.config)
     predictor = Predictor(
         net,
         run.variables(network, step),

@@ -15,7 +15,7 @@ import pytest
 
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import UserError
-from jaxssl.phases import has_peers, join_peers
+from jaxssl.startup import has_peers, join_peers
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,7 +164,7 @@ ALONE = """
 import sys
 import jax
 from jax.experimental import multihost_utils
-from jaxssl.phases import join_peers
+from jaxssl.startup import join_peers
 
 join_peers()
 if jax.process_index() == 1:

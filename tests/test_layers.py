@@ -35,7 +35,8 @@ ALLOWED = {
     "trained": {"checkpoint", "config", "contracts", "methods", "models", "sharding", "state"},
     "prepare": {"config", "contracts", "data", "logs"},
     "predictions": {"contracts", "data"},
-    "predict": {"contracts", "inference", "logs", "phases", "predictions", "trained"},
+    "predict": {"contracts", "inference", "logs", "predictions", "startup", "trained"},
+    "startup": {"config", "contracts"},
     "evaluate": {
         "config",
         "contracts",
@@ -46,6 +47,7 @@ ALLOWED = {
         "sharding",
         "state",
         "sweep",
+        "startup",
         "trained",
     },
     "watch": {

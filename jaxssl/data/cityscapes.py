@@ -186,4 +186,3 @@ def _read_label(path: Path) -> np.ndarray:
             f"{INFO.num_classes - 1}, and {IGNORE_LABEL} for pixels to ignore."
         )
     return label
-
