@@ -37,7 +37,11 @@ def run(method, nets, batch, phase=-1):
 @pytest.mark.parametrize("strong", [False, True])
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_loss_is_cross_entropy(strong, auxiliary, monkeypatch):
-    monkeypatch.setattr(views, "strong", lambda key, image: 255.0 - image)
+    def inverted(key, image, *, valid):
+        assert valid.shape == image.shape[:3]
+        return 255.0 - image
+
+    monkeypatch.setattr(views, "strong", inverted)
     batch, nets = random_batch(), {"a": Linear(auxiliary=auxiliary)}
     method = supervised.Method(strong=strong, auxiliary_weight=0.3)
     state, loss, aux = run(method, nets, batch)

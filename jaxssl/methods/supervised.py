@@ -67,7 +67,10 @@ class Method(contracts.Method):
         labeled = batch["labeled"]
         if self.strong:
             view_key, key = jax.random.split(key)
-            labeled = {**labeled, "image": views.strong(view_key, labeled["image"])}
+            labeled = {
+                **labeled,
+                "image": views.strong(view_key, labeled["image"], valid=labeled.get("valid")),
+            }
         return warmup_loss(
             self, nets, params, state, labeled, key, auxiliary_weight=self.auxiliary_weight
         )
