@@ -223,16 +223,18 @@ def use_small(config: Config) -> None:
 
 
 def use_pretrained(config: Config) -> None:
-    """Swaps in a backbone with ImageNet weights, and a learning rate that keeps what they know.
+    """Swaps in a backbone with ImageNet weights, and for it a learning rate of 0.01; the head stays
+    as it is and keeps its rate.
 
     EfficientNet-Lite0 at stride 16, whatever the crop: at 64x128 a stride of 32 would leave 2x4
-    features, and one of 8 costs three times as much. The head stays as it is.
+    features, and one of 8 costs three times as much.
 
     Args:
       config: is changed.
     """
     config.model.update(backbone="efficientnet_lite0", pretrained="imagenet", output_stride=16)
-    config.optimizer.learning_rate = 0.01
+    rate, config.optimizer.learning_rate = config.optimizer.learning_rate, 0.01
+    config.optimizer.head_factor = rate / config.optimizer.learning_rate
 
 
 def choose(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str | None]:

@@ -140,6 +140,7 @@ def test_pretrained_swaps_the_backbone(name):
         assert config.optimizer.learning_rate == 0.01
     assert (full.data.name, full.data.split, full.model.channels) == ("cityscapes", "1_8", 256)
     assert (demo.data.name, demo.model.channels) == ("streets", 48)
+    assert (full.optimizer.head_factor, demo.optimizer.head_factor) == (1, 10)
     assert all("streets," not in hint or "pretrained" in hint for hint in demo.next)
     with pytest.raises(UserError, match="'r101' and 'pretrained' exclude each other"):
         get_config(name, "r101,pretrained")
