@@ -19,8 +19,6 @@ Published (Table 2, mIoU on val, single scale):
 They start from ImageNet weights and the splits of CPS, whose list files go into data.labeled_list.
 """
 
-from ml_collections import ConfigDict, config_dict
-
 from jaxssl import config as configs
 
 
@@ -32,27 +30,7 @@ def get_config(arg: str | None = None) -> configs.Config:
         data=("streets",),
     )
     config = configs.cityscapes(variant["split"], variant["backbone"])
-    config.method = ConfigDict(
-        {
-            "name": "mkd",
-            "alpha": 1.5,
-            "beta": 1.0,
-            "teacher": "mutual",
-            "strong": True,
-            "feature_augmentation": True,
-            "threshold": config_dict.placeholder(float),
-            "consistency_on": "unlabeled",
-            "augment": "students",
-            "covariance": "diagonal",
-            "classifier_gradient": False,
-            "strength": 1.5,
-            "ramp": "cosine",
-            "ema_decay_max": 0.4,
-            "consistency_stride": 4,
-            "weak_photometric": False,
-            "teacher_stats": "ema",
-        }
-    )
+    config.method = configs.mkd()
     if variant["data"] == "streets":
         configs.use_streets(config, variant["split"])
         config.next = (

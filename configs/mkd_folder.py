@@ -20,35 +20,13 @@ Cost: four networks a step. small, with 1000 + 1000 steps at most: about an hour
 Published: none. Compare with configs/supervised_folder.py, which learns from the masks alone.
 """
 
-from ml_collections import ConfigDict
-
 from jaxssl import config as configs
 
 
 def get_config(arg: str | None = None) -> configs.Config:
     variant = configs.choose(arg, network=("small", "r50", "r101"), weights=("pretrained",))
     config = configs.folder(variant["network"])
-    config.method = ConfigDict(
-        {
-            "name": "mkd",
-            "alpha": 1.5,
-            "beta": 1.0,
-            "teacher": "mutual",
-            "strong": True,
-            "feature_augmentation": True,
-            "threshold": 0.8,
-            "consistency_on": "unlabeled",
-            "augment": "students",
-            "covariance": "diagonal",
-            "classifier_gradient": False,
-            "strength": 1.5,
-            "ramp": "cosine",
-            "ema_decay_max": 0.99,
-            "consistency_stride": 4,
-            "weak_photometric": False,
-            "teacher_stats": "ema",
-        }
-    )
+    config.method = configs.mkd(threshold=0.8, ema_decay_max=0.99)
     if variant["weights"]:
         configs.use_pretrained(config)
     else:

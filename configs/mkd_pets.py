@@ -24,8 +24,6 @@ Published: none for this split. What the labels alone give stands in the last li
 phase in metrics.jsonl.
 """
 
-from ml_collections import ConfigDict
-
 from jaxssl import config as configs
 
 
@@ -52,27 +50,7 @@ def get_config(arg: str | None = None) -> configs.Config:
         )
     config.update(crop=(320, 320), steps=20_000, warmup=4000)
     config.eval.update(every=2000, batch=8)
-    config.method = ConfigDict(
-        {
-            "name": "mkd",
-            "alpha": 1.5,
-            "beta": 1.0,
-            "teacher": "mutual",
-            "strong": True,
-            "feature_augmentation": True,
-            "threshold": 0.8,
-            "consistency_on": "unlabeled",
-            "augment": "students",
-            "covariance": "diagonal",
-            "classifier_gradient": False,
-            "strength": 1.5,
-            "ramp": "cosine",
-            "ema_decay_max": 0.99,
-            "consistency_stride": 4,
-            "weak_photometric": False,
-            "teacher_stats": "ema",
-        }
-    )
+    config.method = configs.mkd(threshold=0.8, ema_decay_max=0.99)
     if variant["network"] == "small":
         configs.use_small(config)
         config.update(crop=(160, 160), steps=2000, warmup=2000)

@@ -144,6 +144,37 @@ def cityscapes(split: str | None, backbone: str | None) -> Config:
     return config
 
 
+def mkd(**changes: Any) -> Config:
+    """The `method` section for MKD, with the paper's values.
+
+    Args:
+      **changes: fields of `methods.mkd.Method` with other values.
+    """
+    section = ConfigDict(
+        {
+            "name": "mkd",
+            "alpha": 1.5,
+            "beta": 1.0,
+            "teacher": "mutual",
+            "strong": True,
+            "feature_augmentation": True,
+            "threshold": config_dict.placeholder(float),
+            "consistency_on": "unlabeled",
+            "augment": "students",
+            "covariance": "diagonal",
+            "classifier_gradient": False,
+            "strength": 1.5,
+            "ramp": "cosine",
+            "ema_decay_max": 0.4,
+            "consistency_stride": 4,
+            "weak_photometric": False,
+            "teacher_stats": "ema",
+        }
+    )
+    section.update(changes)
+    return section
+
+
 def use_streets(config: Config, split: str | None) -> None:
     """Swaps in the embedded street scenes, and a network that trains on them in minutes on a
     laptop.

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import Linear, forward, make_state, nearest
 
-from configs import supervised_cityscapes
 from jaxssl import config as configs
 from jaxssl import methods, models, phases, sharding, watch
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import DataInfo, UnreadableError, UserError
 from jaxssl.methods import mkd, supervised
 
+SUPERVISED = Path(__file__).parent.parent / "configs" / "supervised_cityscapes.py"
 CLASSES = ("road", "car", "sky", "train")
 
 
@@ -240,7 +242,7 @@ def train(monkeypatch, tmp_path):
         method = Poisoned(bad=bad)
         monkeypatch.setattr(methods, "load", lambda config: method)
         monkeypatch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
-        config = supervised_cityscapes.get_config("streets")
+        config = runpy.run_path(str(SUPERVISED))["get_config"]("streets")
         config.data.update(size=(16, 32), train_count=16, val_count=4, split="8")
         config.batch.labeled = 8
         config.update(crop=(16, 32), steps=10, warmup=0)
