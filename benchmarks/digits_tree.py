@@ -84,7 +84,7 @@ def _background(rng: np.random.Generator, size: int, validation: bool) -> np.nda
     photograph = load_sample_images().images[rng.integers(2)]
     third = photograph.shape[1] // 3
     photograph = photograph[:, 2 * third :] if validation else photograph[:, : 2 * third]
-    side = rng.integers(size // 2, 2 * size)
+    side = rng.integers(size // 2, min(2 * size, *photograph.shape[:2]))
     top = rng.integers(photograph.shape[0] - side)
     left = rng.integers(photograph.shape[1] - side)
     part = Image.fromarray(photograph[top : top + side, left : left + side])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxssl.config import Config
+from jaxssl.contracts import UserError
 from jaxssl.data import folder
 from jaxssl.data.folder import Facts
 
@@ -37,13 +38,23 @@ def resolve(config: Config, workdir: str | Path | None, say: Callable[[str], Non
         return config
     stored = None if workdir is None else Path(workdir).expanduser() / "config.json"
     if stored is not None and stored.exists():
-        before = json.loads(stored.read_text())
-        return _filled(config, {key: _get(before, key) for key in RULES})
+        return _filled(config, _decided(stored))
     facts = folder.look(config.data)
     result, lines = choose(config, facts)
     for line in (*facts.notes, *lines):
         say(line)
     return result
+
+
+def _decided(stored: Path) -> dict[str, Any]:
+    """What the run of a workdir decided."""
+    try:
+        before = json.loads(stored.read_text())
+        return {key: _get(before, key) for key in RULES}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{stored} is not of a run on a folder of images, or damaged. Choose another --workdir."
+        ) from error
 
 
 def choose(config: Config, facts: Facts) -> tuple[Config, list[str]]:
@@ -81,15 +92,15 @@ def _crop(config: Config, facts: Facts) -> tuple[tuple[int, int], str]:
 
 
 def _batch(config: Config, facts: Facts) -> tuple[int, str]:
-    """A power of two that neither stream has fewer images than."""
-    images = min(facts.labeled, facts.unlabeled or facts.labeled, config.limits.batch)
-    batch = 1 << images.bit_length() - 1
-    return batch, f"there are {facts.labeled} labeled and {facts.unlabeled} unlabeled images"
+    """For all methods alike: what learns from the labels alone stays comparable."""
+    images = min(facts.labeled, config.limits.batch)
+    return _power_of_two(images), f"there are {facts.labeled} labeled images"
 
 
 def _unlabeled_batch(config: Config, facts: Facts) -> tuple[int, str]:
-    del facts
-    return config.batch.labeled, "as many as labeled ones"
+    if not 0 < facts.unlabeled < config.batch.labeled:
+        return config.batch.labeled, "as many as labeled ones"
+    return _power_of_two(facts.unlabeled), f"there are {facts.unlabeled} unlabeled images"
 
 
 def _steps(config: Config, facts: Facts) -> tuple[int | None, str]:
@@ -143,6 +154,10 @@ RULES: Mapping[str, Callable[[Config, Facts], tuple[Any, str]]] = {
     "data.classes": _classes,
 }
 """How each key that may be open is decided; later rules see what earlier ones decided."""
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << most.bit_length() - 1
 
 
 def _filled(config: Config, values: Mapping[str, Any]) -> Config:

@@ -332,10 +332,12 @@ def open_workdir(
         )
     if main_process:
         workdir.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps(current, indent=1) + "\n")
-        splits.write_text(split.to_json())
+        environment = json.dumps(logs.environment(), indent=1) + "\n"
+        trained.write_whole(workdir / "environment.json", environment)
+        trained.write_whole(splits, split.to_json())
         trained.write_classes(workdir, info)
-        (workdir / "environment.json").write_text(json.dumps(logs.environment(), indent=1) + "\n")
+        # Last: it says that the rest is there.
+        trained.write_whole(stored, json.dumps(current, indent=1) + "\n")
 
 
 def _finish(run: Run) -> None:

@@ -129,7 +129,7 @@ def train_phase(
             done, last = step - begin, step == end
             run.console.step(done)
             logs, evaluates, saves = (
-                last or done % every == 0
+                last or (every > 0 and done % every == 0)
                 for every in (config.log.every, config.eval.every, config.checkpoint.every)
             )
             if logs or evaluates or saves:

@@ -184,9 +184,14 @@ def read_network(
 
 def write_classes(workdir: Path, info: DataInfo) -> None:
     """Writes `classes.json`, which says what the labels of a run mean."""
-    part = workdir / "classes.json.part"  # other processes of the run may be reading
-    part.write_text(json.dumps(dataclasses.asdict(info), indent=1) + "\n")
-    part.replace(workdir / "classes.json")
+    write_whole(workdir / "classes.json", json.dumps(dataclasses.asdict(info), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file at once: other processes may be reading it, and this one may be killed."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def read_classes(workdir: Path) -> DataInfo:

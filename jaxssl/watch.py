@@ -32,7 +32,7 @@ from jaxssl.contracts import (
     Variables,
 )
 from jaxssl.data import loading, pipeline
-from jaxssl.inference import WHOLE, Presentation, make_predict
+from jaxssl.inference import Presentation, make_predict
 from jaxssl.state import TEACHER, TrainState
 from jaxssl.sweep import fold
 
@@ -221,7 +221,7 @@ class Watcher:
           sources: "val", with labels, is looked at; the prior comes from "labeled".
           mesh: devices; those of the main process are used.
           config: of the run. `eval.watch` is the number of images, evenly spaced, 0 for none. They
-            are shown whole, or by windows where evaluation needs them.
+            are shown whole, or by windows or at half the size where evaluation does so.
         """
         self._method = method
         self._labeled = _evenly_spaced(sources["labeled"], PRIOR_IMAGES)
@@ -231,7 +231,10 @@ class Watcher:
         self._mesh = sharding.make_mesh(mesh.local_devices)
         self._everywhere, rows = sharding.replicated(self._mesh), sharding.batched(self._mesh)
         how = Presentation.of(config.eval, config.crop)
-        how = Presentation("slide", how.window, how.stride) if how.mode == "slide" else WHOLE
+        # Mirror images and scales would show the average, and the center only a part.
+        how = Presentation(
+            "whole" if how.mode == "center_crop" else how.mode, how.window, how.stride
+        )
         programs = {  # networks of one architecture share a program
             net: jax.jit(
                 make_predict(net, how),

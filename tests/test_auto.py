@@ -10,6 +10,7 @@ from PIL import Image
 
 from jaxssl import auto
 from jaxssl import config as configs
+from jaxssl.contracts import UserError
 from jaxssl.data.folder import Facts
 
 CLASSES = ("0 sky", "1 road")
@@ -48,13 +49,14 @@ def test_crop_fits_nine_of_ten_images(sizes, network, crop):
         (40, 100, "r50", 8),
         (3, 100, "r50", 2),
         (1, 9, "r50", 1),
-        (40, 5, "r50", 4),
+        (40, 5, "r50", 8),
         (7, 0, "r50", 4),
     ],
 )
 def test_batch_takes_no_more_images_than_there_are(labeled, unlabeled, network, batch):
     assert chosen("batch.labeled", facts(labeled, unlabeled), network) == batch
-    assert chosen("batch.unlabeled", facts(labeled, unlabeled), network) == batch
+    unlabeled_batch = 4 if unlabeled == 5 else batch
+    assert chosen("batch.unlabeled", facts(labeled, unlabeled), network) == unlabeled_batch
 
 
 @pytest.mark.parametrize(("images", "steps"), [(10, 250), (30, 750), (1000, 1000)])
@@ -105,6 +107,13 @@ def test_every_choice_is_said():
     assert len(lines) == len(auto.RULES)
     assert "crop 224x256 (images are 240x320 to 480x640)" in lines[0]
     assert not any(auto._is_open(auto._get(config, key)) for key in auto.RULES)
+
+
+@pytest.mark.parametrize("text", ["", '{"data": {"name": "streets"}}'])
+def test_a_workdir_of_another_run_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is not of a run on a folder"):
+        auto.resolve(configs.folder(), tmp_path, print)
 
 
 def test_a_resumed_run_goes_on_as_it_began(tmp_path):

@@ -1,9 +1,10 @@
 import pickle
 import shutil
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxssl.contracts import Stream, UnreadableError, UserError
 from jaxssl.data import folder, layouts, loading, masks
@@ -65,6 +66,15 @@ LAYOUTS = {
             ("validation/imgs/v.png", "validation/masks/v_labelIds.png"),
         ],
         (["a_img", "b_img"], ["u_img"], ["val/v"]),
+    ),
+    "training and validation": (
+        [
+            ("images/training/a.png", "annotations/training/a.png"),
+            ("images/training/b.png", "annotations/training/b.png"),
+            ("unlabeled/c.png", ""),
+            ("images/validation/v.png", "annotations/validation/v.png"),
+        ],
+        (["a", "b"], ["unlabeled/c"], ["val/v"]),
     ),
     "pairs of folders": (
         [
@@ -201,15 +211,20 @@ def test_classes_file_names_and_numbers_classes(tmp_path):
     assert ignoring.info.classes == ("class 1", "class 2")
 
 
-def test_two_names_for_black_and_white(tmp_path):
+@pytest.mark.parametrize("in_config", [False, True])
+def test_two_names_for_black_and_white(tmp_path, in_config):
     mask = np.array([[0, 255]], np.uint8).repeat(9, 0).repeat(4, 1)
     for name in "ab":
         save(tmp_path / f"images/{name}.jpg", picture(0, (9, 8)))
         save(tmp_path / f"labels/{name}.png", mask)
-    (tmp_path / "classes.txt").write_text("background\ncell\n")
-    source = loading.load(data(tmp_path), "train", labels=True)
+    config_data = data(tmp_path)
+    if in_config:
+        config_data["classes"] = ("background", "cell")
+    else:
+        (tmp_path / "classes.txt").write_text("background\ncell\n")
+    source = loading.load(config_data, "train", labels=True)
     np.testing.assert_array_equal(source[0]["label"], mask // 255)
-    assert "255 is cell" in " ".join(folder.look(data(tmp_path)).notes)
+    assert "255 is cell" in " ".join(folder.look(config_data).notes)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "palette transparency"])
@@ -248,6 +263,24 @@ def test_orientation_tags_are_obeyed(tmp_path, suffix):
     assert image.shape == (6, 4, 3)
     assert image[0, 3].tolist() == [255] * 3
     assert folder._size(path) == (6, 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "i.png", picture(0), exif=exif)
+    np.testing.assert_array_equal(
+        folder.read_image(path), ImageOps.exif_transpose(Image.open(path))
+    )
+
+
+def test_a_tag_of_a_wrong_type_does_not_matter(tmp_path):
+    # ImageWidth as text, where a number belongs; then the orientation.
+    tags = struct.pack("<HHI4s", 0x0100, 2, 4, b"ten") + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    path = save(tmp_path / "i.png", picture(0), exif=exif)
+    np.testing.assert_array_equal(folder.read_image(path), np.rot90(picture(0), -1))
 
 
 def test_wrong_images_are_refused(tmp_path):

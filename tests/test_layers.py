@@ -26,7 +26,7 @@ ALLOWED = {
     "logs": {"contracts"},
     "checkpoint": {"contracts"},
     "config": {"contracts"},
-    "auto": {"config", "data"},
+    "auto": {"config", "contracts", "data"},
     "inference": {"contracts"},
     "methods": {"contracts", "inference", "losses", "mixing", "state", "views"},
     "step": {"contracts", "optim", "state"},

@@ -18,6 +18,7 @@ def sha(ids):
     "text",
     [
         "{0}\n{1}\n",
+        "\ufeff{0}\n{1}\n",
         "leftImg8bit/train/city/{0}_leftImg8bit.png\nleftImg8bit/train/city/{1}_leftImg8bit.png",
         "train/city/{0}_leftImg8bit.png gtFine/train/city/{0}_gtFine_labelTrainIds.png\n"
         "train/city/{1}_leftImg8bit.png gtFine/train/city/{1}_gtFine_labelTrainIds.png\n",
@@ -27,7 +28,7 @@ def sha(ids):
 )
 def test_forms_of_list_files(tmp_path, text):
     path = tmp_path / "labeled.txt"
-    path.write_text(text.format("city_000001_000019", "2007_000032"), newline="")
+    path.write_text(text.format("city_000001_000019", "2007_000032"), encoding="utf-8", newline="")
     assert splits.read_list(path) == ("2007_000032", "city_000001_000019")
 
 

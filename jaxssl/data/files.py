@@ -26,5 +26,6 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
             return image
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise UnreadableError(
-            f"The file {path} cannot be read as an image: {error}. Unpack or copy it again."
+            f"The file {path} cannot be read as an image: {error}. Unpack or copy it again; if "
+            "other programs show it, convert it to 8-bit RGB."
         ) from error

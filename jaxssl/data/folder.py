@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from jaxssl.contracts import Record, UserError
 from jaxssl.data import layouts, masks, splits
@@ -23,6 +23,17 @@ SAMPLE = 200
 """Images whose size is looked at."""
 
 _ANNOUNCED = 300  # so many masks take a second or more
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Orientation tag -> what makes the image upright."""
 
 
 def load(
@@ -147,21 +158,26 @@ def class_table(config_data: Mapping[str, Any], tree: Tree) -> tuple[ClassTable,
     validation images.
     """
     ignore = tuple(config_data["ignore"])
-    if config_data["classes"]:
-        return masks.parse(config_data["classes"], ignore, "data.classes"), ()
     path = tree.root / CLASSES_FILE
-    if not path.exists():
+    if config_data["classes"]:
+        lines, where = config_data["classes"], "data.classes"
+    elif path.exists():
+        lines, where = _read_lines(path), str(path)
+    else:
         lines, note = masks.infer(_seen(config_data, tree), ignore)
         return masks.parse(lines, ignore, f"the masks in {tree.root}"), (note,)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text: {error}. Save it as UTF-8.") from error
-    table = masks.parse(lines, ignore, str(path))
+    table = masks.parse(lines, ignore, where)
     if table.values == (0, 1) and masks.is_binary(_seen(config_data, tree), ignore):
         note = f"the masks hold 0 and 255 alone: 255 is {table.names[1]}"
         return dataclasses.replace(table, values=(0, 255)), (note,)
     return table, ()
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}. Save it as UTF-8.") from error
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -178,7 +194,9 @@ def read_image(path: Path) -> np.ndarray:
             f"The image {path} has mode {image.mode}, more than 8 bits. Which contrast shows what "
             "matters is for you to say: convert it to 8 bits."
         )
-    ImageOps.exif_transpose(image, in_place=True)
+    # Not Pillow's exif_transpose: it writes all tags anew, and fails where one is of a wrong type.
+    if (turn := _TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
     if "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of a palette's transparency otherwise
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
@@ -215,7 +233,10 @@ def _seen(config_data: Mapping[str, Any], tree: Tree) -> masks.Seen:
 
 
 def _stamp(path: Path) -> tuple[Path, int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError:  # a link to nothing; reading it says so
+        return path, 0, 0
     return path, status.st_mtime_ns, status.st_size
 
 
@@ -240,21 +261,21 @@ def _size(path: Path) -> tuple[int, int] | None:
     """Height and width as `read_image` gives them, from the first bytes; None if unreadable."""
     try:
         with Image.open(path) as image:
-            width, height = image.size if _upright(image) else image.size[::-1]
+            width, height = image.size if _orientation(image) <= 4 else image.size[::-1]
             return height, width
-    except (OSError, SyntaxError, ValueError, EOFError):
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
         return None
 
 
-def _upright(image: Image.Image) -> bool:
-    """Whether a tag leaves height and width as they are; Pillow obeys it in TIFF by itself."""
-    return image.format == "TIFF" or image.getexif().get(ExifTags.Base.Orientation, 1) <= 4
+def _orientation(image: Image.Image) -> int:
+    """The tag that says how to turn an image; 1 in TIFF, where Pillow obeys it by itself."""
+    return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _sizes_differ(path: Path, image: np.ndarray, label_path: Path, label: np.ndarray) -> UserError:
     hint = ""
     with Image.open(path) as stored:
-        if label.shape == image.shape[1::-1] and not _upright(stored):
+        if label.shape == image.shape[1::-1] and _orientation(stored) > 4:
             hint = " The image has an orientation tag that the mask does not follow: turn one."
     return UserError(
         f"The mask {label_path} is {label.shape[1]}x{label.shape[0]} pixels, its image {path} is "

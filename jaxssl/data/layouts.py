@@ -18,6 +18,7 @@ from jaxssl.data.splits import seeded_order
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
 LABEL_FOLDERS = ("labels", "label", "masks", "mask", "annotations", "SegmentationClass")
 PAIR_ENDS = ("annot", "_labels", "_label", "_masks", "_mask")
+TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation")
 UNLABELED = "unlabeled"
 SUFFIXES = frozenset(
@@ -121,7 +122,7 @@ def _hold_out(tree: Tree) -> Tree:
 def _train_pair(root: Path) -> Tree | None:
     """`train/` beside `trainannot/`, and the same for validation."""
     labels = _first(root, (f"train{end}" for end in PAIR_ENDS))
-    images = _first(root, ["train"])
+    images = _first(root, TRAIN_NAMES)
     if images is None or labels is None:
         return None
     val = _first(root, VAL_NAMES)
@@ -131,10 +132,11 @@ def _train_pair(root: Path) -> Tree | None:
 
 def _image_folders(root: Path) -> Tree | None:
     """`images/` beside `labels/`, in the root or in `train/`, or with `train/` in each."""
-    pair = _pair(root, "") or _pair(root, "train")
+    train = _first(root, TRAIN_NAMES)
+    pair = _pair(root, "") or (_pair(root, train) if train else None)
     if pair is None:
         return None
-    inner = [_first(root / part, ["train"]) for part in pair]
+    inner = [_first(root / part, TRAIN_NAMES) for part in pair]
     if all(inner):
         val = [_first(root / part, VAL_NAMES) for part in pair]
         val_pair = (f"{pair[0]}/{val[0]}", f"{pair[1]}/{val[1]}") if all(val) else None
@@ -191,7 +193,7 @@ def _lists(root: Path) -> Tree | None:
 
 def _read_list(root: Path, name: str) -> tuple[Files, Files]:
     try:
-        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        lines = (root / name).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The list {root / name} cannot be read as text: {error}.") from error
     images: Files = {}

@@ -145,7 +145,7 @@ def read_list(path: str | Path) -> tuple[str, ...]:
       UserError: the file cannot be read or names no image.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"The list {path} cannot be read as text: {error}. Check its path."
