@@ -17,7 +17,8 @@ ARGUMENTS = ["--config=c.py:a b", "--workdir=W"]
 # Stands in for python: notes its arguments and the variables that matter, and does as told.
 PYTHON = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then exec {python} "$@"; fi
-printf '%s|' "${{JAX_PROCESS_ID-}}/${{JAX_NUM_PROCESSES-}}" "$@" >> calls; echo >> calls
+# In one write: two processes note theirs at the same time.
+line=$(printf '%s|' "${{JAX_PROCESS_ID-}}/${{JAX_NUM_PROCESSES-}}" "$@"); echo "$line" >> calls
 trap 'echo saved >> calls; exit 143' TERM
 if [[ -e wait ]]; then echo ready >> calls; while :; do sleep 0.05; done; fi
 exit "$(cat "code${{JAX_PROCESS_ID-}}" 2>/dev/null || echo 0)"
