@@ -4,6 +4,7 @@ Environment variables, so that processes that a test starts have the same cache.
 """
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -50,6 +51,9 @@ OPTIMIZER = {
 
 
 def pytest_configure(config):
+    # In the background of a script Ctrl-C is ignored, and then by programs that a test starts too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A test run that was killed may leave half an entry behind.
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
