@@ -2,14 +2,16 @@
 
   python benchmarks/streets_methods.py  # all rows, seeds 0 to 3; goes on where it was
   python benchmarks/streets_methods.py --rows=supervised,mkd --seeds=0,1 --network=pretrained
-  python benchmarks/streets_methods.py --table  # prints what is there
+  python benchmarks/streets_methods.py --table  # prints what is there, runs nothing
 
-A seed chooses the labeled images, the initialization and the order of the batches. A row differs
-from "supervised" of the same seed in nothing but the method, so differences are paired. Scores are
-mIoU in percent over the classes present, student a after the last update: none is chosen by it.
+A seed chooses the labeled images, the initialization and the order of the batches, so differences
+to "supervised" of the same seed are paired. Supervised training has one schedule over all updates;
+the methods restart it after their warm-up. Scores are mIoU in percent over the classes present,
+student a after the last update: none is chosen by it.
 
-One run is one file in benchmarks/results/streets_methods/. A file holds for as long as its config
-does; a row of an unchanged config is not run again, whatever else changed in the library.
+One run is one file in benchmarks/results/streets_methods/, named after what its config changes. A
+row whose config has not changed is not run again, whatever else changed in the library; the file
+says which sources computed it, and the table tells where they differ.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jaxssl import config as configs
+from jaxssl import logs, phases, trained
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -67,52 +72,71 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print results, run nothing")
     args, overrides = parser.parse_known_args()
-    unknown = [o for o in overrides if not o.startswith("--config.")]
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}")
+    for override in overrides:
+        if not override.startswith("--config.") or "=" not in override:
+            parser.error(f"unexpected {override}; overrides look like --config.steps=100")
+    changes = dict(o.removeprefix("--config.").split("=", 1) for o in overrides)
+    names, seeds = args.rows.split(","), [int(seed) for seed in args.seeds.split(",")]
+    if unknown := set(names) - rows().keys():
+        parser.error(f"no row {min(unknown)!r}; there are {', '.join(rows())}")
+    # Seed by seed: whenever it is stopped, the rows done can be compared.
+    runs = [
+        Run(name, seed, resolve(rows()[name], args.network, args.budget, seed, changes))
+        for seed in seeds
+        for name in names
+    ]
     if not args.table:
-        changes = dict(o.removeprefix("--config.").split("=", 1) for o in overrides)
-        # Seed by seed: whenever it is stopped, the rows done can be compared.
-        for seed in map(int, args.seeds.split(",")):
-            for name in args.rows.split(","):
-                measure(args, name, seed, changes)
-    print(table(args.results, args.network))
+        for run in runs:
+            measure(run, args.results, args.workdirs)
+    print(table(runs, args.results))
     return 0
 
 
-def measure(args: argparse.Namespace, name: str, seed: int, changes: Mapping[str, str]) -> None:
-    """Trains one row with one seed and writes its file, unless it is there."""
-    config = resolve(rows()[name], args.network, args.budget, seed, changes)
-    digest = _digest(config.to_json_best_effort(sort_keys=True))
-    stem = f"{args.network}-{name}-seed{seed}-{digest}"
-    if (path := args.results / f"{stem}.json").exists():
-        print(f"{stem}: done before", flush=True)
-        return
-    from jaxssl import logs, phases
+class Run(NamedTuple):
+    """A row with one seed."""
 
-    workdir = args.workdirs / stem
-    print(f"{stem}: training", flush=True)
-    if code := phases.run(config, workdir):
+    row: str
+    seed: int
+    config: Any
+
+    @property
+    def stem(self) -> str:
+        """The name of its file: row, seed and a digest of what the config changes."""
+        changed = configs.differences(configs.default().to_dict(), self.config.to_dict())
+        return f"{self.row}-seed{self.seed}-{_digest(json.dumps(changed))}"
+
+    def read(self, folder: Path) -> dict[str, Any] | None:
+        """What was measured, if it was."""
+        path = folder / f"{self.stem}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def measure(run: Run, results: Path, workdirs: Path) -> None:
+    """Trains a row with one seed and writes its file, unless it is there."""
+    if run.read(results):
+        print(f"{run.stem}: done before", flush=True)
+        return
+    workdir = workdirs / run.stem
+    print(f"{run.stem}: training", flush=True)
+    if code := phases.run(run.config, workdir):
         sys.exit(code)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     last = [line for line in lines if "val/miou" in line][-1]
     result = {
-        "row": name,
-        "network": args.network,
-        "seed": seed,
+        "row": run.row,
+        "seed": run.seed,
         "miou": last["val/miou"],
         "last": {key: value for key, value in last.items() if key.startswith(("val/", "watch/"))},
         "steps": last["step"],
-        "main_steps": config.steps,
         "training_seconds": sum(
             json.loads(line)["seconds"]["training"] for line in (workdir / "time.jsonl").open()
         ),
-        "code": code_version(config.method.name),
-        "config": json.loads(config.to_json_best_effort()),
+        "code": code_version(run.config.method.name),
+        "config": json.loads(run.config.to_json_best_effort()),
         "environment": logs.environment(),
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    results.mkdir(parents=True, exist_ok=True)
+    trained.write_whole(results / f"{run.stem}.json", json.dumps(result, indent=1) + "\n")
 
 
 def resolve(row: Row, network: str, budget: str, seed: int, changes: Mapping[str, str]) -> Any:
@@ -129,22 +153,21 @@ def resolve(row: Row, network: str, budget: str, seed: int, changes: Mapping[str
     return config
 
 
-def table(folder: Path, network: str) -> str:
+def table(runs: Sequence[Run], folder: Path) -> str:
     """Markdown: mean and spread over seeds, and the difference to the baseline, seed by seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in sorted(folder.glob(f"{network}-*.json"), key=lambda path: path.stat().st_mtime):
-        result = json.loads(path.read_text())
-        found.setdefault(result["row"], {})[result["seed"]] = result
+    for run in runs:
+        if result := run.read(folder):
+            found.setdefault(run.row, {})[run.seed] = result
     base = found.get(BASELINE, {})
     lines = [
-        f"| {network} | seeds | mIoU % | minus {BASELINE} | better in | time per update |",
+        f"| | seeds | mIoU % | minus {BASELINE} | better in | time per update |",
         "|---|---|---|---|---|---|",
+        *(_line(name, results, base) for name, results in found.items()),
     ]
-    for name in [name for name in rows() if name in found]:
-        lines.append(_line(name, found[name], base))
-    versions = {r["code"] for row in found.values() for r in row.values()}
-    if len(versions) > 1:
-        lines += ["", f"Measured with {len(versions)} versions of the code; see the files."]
+    for name, results in found.items():
+        if len({result["code"] for result in results.values()}) > 1:
+            lines += ["", f"Seeds of {name} were computed by different sources."]
     return "\n".join(lines)
 
 
@@ -175,14 +198,17 @@ def _spread(values: list[float], sign: str = "") -> str:
 
 
 def code_version(method: str) -> str:
-    """Names what computed a number: the sources that training runs through, without comments."""
+    """Names what computed a number: every source of the package without its comments, except the
+    other methods'.
+    """
     package = ROOT / "jaxssl"
-    names = ("losses", "mixing", "views", "step", "state", "optim", "metrics", "sharding")
-    files = [package / f"{name}.py" for name in names]
-    files += [package / "methods" / "supervised.py", package / "methods" / f"{method}.py"]
-    files += sorted((package / "models").glob("*.py"))
-    files += [package / "data" / f"{name}.py" for name in ("transforms", "pipeline", "splits")]
-    return _digest("".join(ast.dump(_without_docstrings(f.read_text())) for f in files))
+    mine = {"__init__.py", "supervised.py", f"{method}.py"}
+    sources = [
+        path.read_text()
+        for path in sorted(package.rglob("*.py"))
+        if path.parent.name != "methods" or path.name in mine
+    ]
+    return _digest("".join(ast.dump(_without_docstrings(source)) for source in sources))
 
 
 def _without_docstrings(source: str) -> ast.AST:

@@ -17,12 +17,14 @@ from jaxssl import config as configs
 
 
 def get_config(arg: str | None = None) -> configs.Config:
-    variant = configs.choose(arg, network=("small", "r50", "r101"), weights=("pretrained",))
+    variant = configs.choose(
+        arg, network=("small", "r50", "r101"), backbone=("r50", "r101", "pretrained")
+    )
     config = configs.folder(variant["network"])
     config.method = ConfigDict(
         {"name": "cps", "weight": 1.0, "cutmix": True, "auxiliary_weight": 0.4}
     )
-    if variant["weights"]:
+    if variant["backbone"] == "pretrained":
         configs.use_pretrained(config)
     config.next = ("compare with the masks alone: configs/supervised_folder.py, another --workdir",)
     return config

@@ -24,10 +24,12 @@ from jaxssl import config as configs
 
 
 def get_config(arg: str | None = None) -> configs.Config:
-    variant = configs.choose(arg, network=("small", "r50", "r101"), weights=("pretrained",))
+    variant = configs.choose(
+        arg, network=("small", "r50", "r101"), backbone=("r50", "r101", "pretrained")
+    )
     config = configs.folder(variant["network"])
     config.method = configs.mkd(threshold=0.8, ema_decay_max=0.99)
-    if variant["weights"]:
+    if variant["backbone"] == "pretrained":
         configs.use_pretrained(config)
     else:
         # Pseudo-labels of networks that began with random weights are poor: trust them less.

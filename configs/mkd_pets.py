@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> configs.Config:
         arg,
         split=("1_64", "1_16", "1_8", "1_4"),
         network=("r50", "small"),
-        weights=("pretrained",),
+        backbone=("r50", "pretrained"),
     )
     config = configs.default()
     with config.unlocked():
@@ -59,9 +59,9 @@ def get_config(arg: str | None = None) -> configs.Config:
         config.data.splits.val = "test[:10%]"
         config.eval.update(every=500, mode="half_res", batch=16)
         config.log.every = 20
-    if variant["weights"]:
+    if variant["backbone"] == "pretrained":
         configs.use_pretrained(config)
-        config.warmup = 0
+        config.warmup = 0  # for the reason in jaxssl/auto.py
     else:
         # Pseudo-labels of networks that began with random weights are poor: trust them less.
         config.method.update(alpha=0.5, beta=0.25)

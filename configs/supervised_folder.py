@@ -17,10 +17,12 @@ from jaxssl import config as configs
 
 
 def get_config(arg: str | None = None) -> configs.Config:
-    variant = configs.choose(arg, network=("small", "r50", "r101"), weights=("pretrained",))
+    variant = configs.choose(
+        arg, network=("small", "r50", "r101"), backbone=("r50", "r101", "pretrained")
+    )
     config = configs.folder(variant["network"])
     config.method = ConfigDict({"name": "supervised", "strong": False, "auxiliary_weight": 0.4})
-    if variant["weights"]:
+    if variant["backbone"] == "pretrained":
         configs.use_pretrained(config)
     config.next = ("learn from images without masks too: configs/mkd_folder.py, another --workdir",)
     return config

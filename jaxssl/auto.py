@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxssl import config as configs
 from jaxssl.config import Config
-from jaxssl.contracts import UserError
-from jaxssl.data import folder
+from jaxssl.contracts import Source, UnreadableError, UserError
+from jaxssl.data import folder, layouts, loading
 from jaxssl.data.folder import Facts
+from jaxssl.data.masks import ClassTable
 
 PASSES = 100
 """Times that training shows an image, within the limits of steps."""
@@ -21,25 +25,31 @@ PASSES = 100
 EVAL_LOGITS = 2**26
 """Logits of an evaluation batch at most: 256 MB of float32."""
 
+SAMPLE = 50
+"""Images of a split that are opened for their sizes, where that takes reading all of them."""
+
 
 def resolve(config: Config, workdir: str | Path | None, say: Callable[[str], None]) -> Config:
-    """Decides what a config leaves open: as the workdir's run did, so that it goes on as it began;
-    in a new one, by the data.
+    """Decides what a config with `limits` leaves open: by the data; in a workdir as its run did, so
+    that it goes on as it began.
 
     Args:
       config: is not changed. What it says itself stays.
-      workdir: of the run; None looks at the data alone.
+      workdir: of the run to go on with; None looks at the data alone.
       say: prints a line.
 
     Raises:
-      UserError: as `folder.look`.
+      UserError: as `config.check`; the data are missing or wrong, or the classes were edited.
     """
-    if config.data.name != "folder":
+    configs.check(config)
+    if "limits" not in config:
         return config
     stored = None if workdir is None else Path(workdir).expanduser() / "config.json"
     if stored is not None and stored.exists():
-        return _filled(config, _decided(stored))
-    facts = folder.look(config.data)
+        before = _decided(stored)
+        _refuse_other_classes(config.data, before["data.classes"], stored)
+        return _filled(config, before)
+    facts = folder.look(config.data) if config.data.name == "folder" else _look(config.data)
     result, lines = choose(config, facts)
     for line in (*facts.notes, *lines):
         say(line)
@@ -53,8 +63,51 @@ def _decided(stored: Path) -> dict[str, Any]:
         return {key: _get(before, key) for key in RULES}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{stored} is not of a run on a folder of images, or damaged. Choose another --workdir."
+            f"{stored} is not of a run with such a config, or damaged. Choose another --workdir."
         ) from error
+
+
+def _refuse_other_classes(data: Config, before: list[str], stored: Path) -> None:
+    """Refuses a class table that was edited since, as it would not be heeded."""
+    path = Path(data.root or "").expanduser() / folder.CLASSES_FILE
+    if data.name != "folder" or data.classes or not path.exists():
+        return
+    table, _ = folder.class_table(data, layouts.find(data.root))
+    for now, then in itertools.zip_longest(table.lines, before):
+        if now != then:
+            raise UserError(
+                f"{path} now says {now or 'nothing'} where the run in {stored.parent} began with "
+                f"{then or 'nothing'}. Set the file (or data.ignore) back to go on, or choose "
+                "another --workdir."
+            )
+
+
+def _look(data: Config) -> Facts:
+    """Looks at a set of any reader, by opening some of its images."""
+    _, sources = loading.training_sets(data)
+    labeled, unlabeled = sources["labeled"], sources["unlabeled"]
+    train, val = (loading.load(data, split, labels=False) for split in ("train", "val"))
+    sizes = tuple(size for source in (train, unlabeled, val) for size in _sizes(source))
+    if not sizes:
+        raise UserError(f"No image in {data.root} can be read. Copy or prepare them again.")
+    info = labeled.info
+    table = ClassTable(info.classes, tuple(range(info.num_classes)), info.palette)
+    return Facts(len(labeled), len(unlabeled), sizes, table.lines, ())
+
+
+def _sizes(source: Source) -> list[tuple[int, int]]:
+    """Sizes of up to `SAMPLE` images, evenly spaced; damaged ones are left out."""
+
+    def size(index: int) -> tuple[int, int] | None:
+        try:
+            height, width, _ = source[index]["image"].shape
+        except UnreadableError:
+            return None
+        return height, width
+
+    every = max(1, -(-len(source) // SAMPLE))
+    with ThreadPoolExecutor(4) as pool:
+        return [found for found in pool.map(size, range(0, len(source), every)) if found]
 
 
 def choose(config: Config, facts: Facts) -> tuple[Config, list[str]]:
@@ -72,7 +125,8 @@ def choose(config: Config, facts: Facts) -> tuple[Config, list[str]]:
         if _is_open(_get(config, key)):
             value, why = rule(config, facts)
             config = _filled(config, {key: value})
-            lines.append(f"chosen from the data: {key} {_words(value)} ({why})")
+            if value is not None:
+                lines.append(f"chosen from the data: {key} {_words(value)} ({why})")
     return config, lines
 
 
@@ -112,7 +166,12 @@ def _steps(config: Config, facts: Facts) -> tuple[int | None, str]:
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[int, str]:
-    """Networks without any features have nothing to teach each other."""
+    """Networks without any features have nothing to teach each other.
+
+    Those with ImageNet features do without a warm-up, as the papers of CPS and MKD do. Their heads
+    are new, but begin with such small kernels that all classes are about as probable: no pixel is
+    above the configs' threshold before the labels have taught them.
+    """
     del facts
     if config.model.pretrained:
         return 0, "the networks begin with pretrained features"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,9 @@ from jaxssl.logs import Console, create_console
 
 SHOWN = 10
 """Files and values that are named of each kind of trouble."""
+
+LARGE = 25_000_000
+"""Pixels of an image that take half a second to decode, which training does for each crop."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -84,12 +88,13 @@ class Findings:
       ids: of all images.
       sizes: (height, width) -> images.
       gray: images without color.
+      classes: in a mask, without the ignored pixels -> masks.
       pixels: int64 `[256]`, pixels of each label.
       images: int64 `[256]`, images that hold each label.
       digests: fingerprint of an image's pixels -> ids.
       unreadable: a message for each file that cannot be read.
       refused: a message for each other mistake.
-      foreign: values that are no class -> pixels.
+      foreign: values that are no class -> pixels, for each mask that holds some.
     """
 
     ids: tuple[str, ...]
@@ -97,12 +102,13 @@ class Findings:
         default_factory=collections.Counter
     )
     gray: int = 0
+    classes: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     pixels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
     images: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(256, np.int64))
     digests: dict[bytes, list[str]] = dataclasses.field(default_factory=dict)
     unreadable: list[str] = dataclasses.field(default_factory=list)
     refused: list[str] = dataclasses.field(default_factory=list)
-    foreign: collections.Counter[int | str] = dataclasses.field(default_factory=collections.Counter)
+    foreign: list[Mapping[int | str, int]] = dataclasses.field(default_factory=list)
 
 
 def inspect(source: Source, name: str, console: Console) -> Findings:
@@ -114,7 +120,7 @@ def inspect(source: Source, name: str, console: Console) -> Findings:
       console: shows progress.
     """
     found = Findings(source.ids)
-    console.phase(name, len(source))
+    console.phase(name, len(source), unit="images")
     with ThreadPoolExecutor() as pool:
         looks = pool.map(lambda i: _look(source, i), range(len(source)))
         for done, (image_id, look) in enumerate(zip(source.ids, looks, strict=True), 1):
@@ -151,12 +157,14 @@ def _add(found: Findings, image_id: str, look: _Look | UserError) -> None:
     if isinstance(look, UserError):
         (found.unreadable if isinstance(look, UnreadableError) else found.refused).append(str(look))
         if isinstance(look, ForeignValuesError):
-            found.foreign.update(look.counts)
+            found.foreign.append(look.counts)
         return
     found.sizes[look.size] += 1
     found.gray += look.gray
     found.pixels += look.pixels
     found.images += look.pixels > 0
+    if look.pixels.any():
+        found.classes[int((look.pixels[:IGNORE_LABEL] > 0).sum())] += 1
     found.digests.setdefault(look.digest, []).append(image_id)
 
 
@@ -167,9 +175,12 @@ def _image_table(found: Mapping[str, Findings]) -> _Table:
     rows = []
     for name, one in found.items():
         sizes = auto.size_range(one.sizes) + (f", {len(one.sizes)} sizes" * (len(one.sizes) > 1))
-        counts = (len(one.ids), one.gray, len(one.unreadable), len(one.refused))
+        few, many = min(one.classes, default="-"), max(one.classes, default="-")
+        classes = f"{few} to {many}" if few != many else f"{few}"
+        counts = (len(one.ids), one.gray, classes, len(one.unreadable), len(one.refused))
         rows.append((name, sizes, *map(str, counts)))
-    return ("set", "height x width", "images", "gray", "unreadable", "refused"), rows
+    columns = ("set", "height x width", "images", "gray", "classes a mask", "unreadable", "refused")
+    return columns, rows
 
 
 def _class_table(found: Mapping[str, Findings], info: DataInfo) -> _Table:
@@ -184,7 +195,7 @@ def _class_table(found: Mapping[str, Findings], info: DataInfo) -> _Table:
             share = f"{100 * one.pixels[label] / max(known, 1):.2f}"
             row += [share if one.pixels[label] else "absent", str(one.images[label])]
         rows.append(tuple(row))
-    columns = [word for name in labeled for word in (f"{name} %", "images")]
+    columns = [word for name in labeled for word in (f"{name} %", "masks")]
     return ("class", *columns), rows
 
 
@@ -194,28 +205,41 @@ def _warnings(found: Mapping[str, Findings], info: DataInfo, config: Config) -> 
         absent = [c for label, c in enumerate(info.classes) if not found[name].pixels[label]]
         if absent and found[name].pixels.any():
             yield f"{len(absent)} classes are absent in {name}: {_few(absent)}."
-    for name in ("labeled", "unlabeled"):
-        same = sorted(set(found[name].ids) & set(found["val"].ids))
-        if same:
+    for name, other in itertools.combinations(("labeled", "unlabeled", "val"), 2):
+        same = sorted(set(found[name].ids) & set(found[other].ids))
+        if same and other == "val":  # data.overlap asks for it in the others
             yield f"{len(same)} ids are in {name} and in val: {_few(same)}."
-        twice = sorted(found[name].digests.keys() & found["val"].digests.keys())
-        pairs = [f"{found[name].digests[d][0]} and {found['val'].digests[d][0]}" for d in twice]
-        if pairs:
-            yield f"{len(pairs)} pictures are in {name} and in val: {_few(pairs)}."
+        if pairs := _twins(found[name], found[other]):
+            yield f"{len(pairs)} pictures are in {name} and in {other}: {_few(pairs)}."
+    for name in ("labeled", "unlabeled"):
+        sizes = found[name].sizes.items()
+        if large := sum(n for (height, width), n in sizes if height * width > LARGE):
+            yield (
+                f"{large} images of {name} have more than {LARGE // 10**6} megapixels. Training "
+                "decodes a whole image for each crop: cut them and their masks into tiles."
+            )
     for name, one in found.items():
         if one.unreadable and name != "val" and not _too_many(one, config):
             yield (
                 f"{len(one.unreadable)} of {name} cannot be read; training puts other images in "
                 f"their place: {_lines(one.unreadable)}"
             )
-    foreign = sum((one.foreign for one in found.values()), collections.Counter())
-    if foreign:
+    if foreign := [counts for one in found.values() for counts in one.foreign]:
         yield _suggest_ignore(foreign, config)
 
 
-def _suggest_ignore(foreign: collections.Counter[int | str], config: Config) -> str:
-    shown = [f"{value} ({count} pixels)" for value, count in foreign.most_common(SHOWN)]
-    value, _ = foreign.most_common(1)[0]
+def _twins(one: Findings, other: Findings) -> list[str]:
+    """The same pictures under different ids."""
+    pairs = ((one.digests[d][0], other.digests[d]) for d in one.digests.keys() & other.digests)
+    return sorted(f"{mine} and {theirs[0]}" for mine, theirs in pairs if mine not in theirs)
+
+
+def _suggest_ignore(foreign: Sequence[Mapping[int | str, int]], config: Config) -> str:
+    pixels = sum(map(collections.Counter, foreign), collections.Counter())
+    masks = collections.Counter(value for counts in foreign for value in counts)
+    common = pixels.most_common(SHOWN)
+    shown = [f"{value} ({count} pixels in {masks[value]} masks)" for value, count in common]
+    value, _ = common[0]
     advice = f"a line in classes.txt: ignore {value}"
     if isinstance(value, int):
         ignore = ",".join(map(str, (*config.data.ignore, value)))

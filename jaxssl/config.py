@@ -31,6 +31,27 @@ MAY_CHANGE = frozenset(
 )
 """Keys (or sections) that do not change what is computed: a run may be resumed with others."""
 
+LEAST: Mapping[str, int] = {
+    "steps": 1,
+    "epochs": 0,
+    "warmup": 0,
+    "batch.labeled": 1,
+    "batch.unlabeled": 1,
+    "batch.accumulate": 1,
+    "data.workers": 0,
+    "data.threads": 0,
+    "limits.crop": 1,
+    "limits.batch": 1,
+    "limits.steps": 1,
+    "optimizer.warmup_steps": 0,
+    "eval.bucket": 1,
+    "eval.batch": 1,
+    "eval.watch": 0,
+    "eval.panels": 0,
+    "max_skipped": 0,
+}
+"""The least that numbers may be."""
+
 
 def default() -> Config:
     """Every key there is; a config file changes some and adds `method`."""
@@ -273,7 +294,8 @@ def choose(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str | None]:
 
     Args:
       arg: words separated by commas, or nothing.
-      **groups: the words of each group, of which a variant holds one at most.
+      **groups: the words of each group, of which a variant holds one at most. A word that is in
+        several groups takes them all.
 
     Returns:
       The word of each group, or None.
@@ -283,16 +305,25 @@ def choose(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str | None]:
     """
     chosen: dict[str, str | None] = dict.fromkeys(groups)
     for word in filter(None, (arg or "").split(",")):
-        group = next((name for name, words in groups.items() if word in words), None)
-        if group is None:
-            known = ", ".join(word for words in groups.values() for word in words)
+        taken = [name for name, words in groups.items() if word in words]
+        if not taken:
+            known = ", ".join(dict.fromkeys(word for words in groups.values() for word in words))
             raise UserError(f"Unknown variant {word!r}. There are: {known}.")
-        if chosen[group] is not None:
-            raise UserError(
-                f"The variants {chosen[group]!r} and {word!r} exclude each other. Choose one."
-            )
-        chosen[group] = word
+        for group in taken:
+            if chosen[group] is not None:
+                raise UserError(
+                    f"The variants {chosen[group]!r} and {word!r} exclude each other. Choose one."
+                )
+            chosen[group] = word
     return chosen
+
+
+def check(config: Config) -> None:
+    """Raises a UserError where a number is below its `LEAST`; keys that are open pass."""
+    numbers = _flat(config.to_dict())
+    for key, least in LEAST.items():
+        if (value := numbers.get(key)) is not None and value < least:
+            raise UserError(f"{key}={value} is too small. Set --config.{key} to {least} or more.")
 
 
 def from_arguments(arguments: Sequence[str]) -> Config:

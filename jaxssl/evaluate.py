@@ -7,9 +7,11 @@ run that was trained; its results are printed and appended to `W/evaluations.jso
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from jaxssl import logs, metrics, sharding, startup
 from jaxssl.config import Config
 from jaxssl.contracts import Network, Source, UserError, Variables
 from jaxssl.data import loading, pipeline
-from jaxssl.inference import Presentation, halve, make_predict
+from jaxssl.inference import Predict, Presentation, halve, make_predict
 from jaxssl.state import TEACHER
 from jaxssl.sweep import fold
 from jaxssl.trained import Trained, open_trained
@@ -78,6 +80,7 @@ class Evaluator:
 
     Attributes:
       how: images are shown.
+      mesh: the devices of this process.
     """
 
     def __init__(
@@ -105,23 +108,14 @@ class Evaluator:
         self._halves = self.how.mode == "half_res"
         self._scored = dataclasses.replace(self.how, mode="whole") if self._halves else self.how
         self._nets, self._source, self._say = dict(nets), source, say
-        self._bucket = _at_least_one("eval.bucket", config.eval.bucket)
-        self._mesh = sharding.make_mesh(mesh.local_devices)
-        share = -(-_at_least_one("eval.batch", config.eval.batch) // jax.process_count())
-        self._batch = sharding.round_up(share, self._mesh)
-        self._everywhere, rows = sharding.replicated(self._mesh), sharding.batched(self._mesh)
-        # Networks of one architecture share a program.
-        self._predict = {
-            (net, how): jax.jit(
-                make_predict(net, how),
-                in_shardings=(self._everywhere, rows, rows),
-                out_shardings=rows,
-            )
-            for net in set(nets.values())
-            for how in {self.how, self._scored}
-        }
-        self._halve = jax.jit(halve, out_shardings=rows)
+        self._bucket = config.eval.bucket
+        self.mesh = sharding.make_mesh(mesh.local_devices)
+        share = -(-config.eval.batch // jax.process_count())
+        self._batch = sharding.round_up(share, self.mesh)
+        self._everywhere, self._rows = sharding.replicated(self.mesh), sharding.batched(self.mesh)
+        self._halve = jax.jit(halve, out_shardings=self._rows)
         self._count = jax.jit(self._confusion, out_shardings=self._everywhere)
+        self._programs: dict[tuple[Network, Presentation], Predict] = {}
         self._compiled: set[tuple[Any, ...]] = set()
 
     def __call__(self, name: str, variables: Variables) -> Evaluation:
@@ -130,15 +124,14 @@ class Evaluator:
         Raises:
           UserError: the source has no labels, or no labeled pixel.
         """
-        C, compiled = self._source.info.num_classes, set(self._compiled)
-        variables = self._local(variables)
+        C, variables = self._source.info.num_classes, self.local(variables)
         total, padded = np.zeros((C, C), np.int64), np.zeros((), np.int64)
 
         def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, jax.Array]:
             if "label" not in batch:
                 raise UserError(_NO_LABELS)
             batch = self._halve(batch) if self._halves else batch
-            logits = self._run(name, self._scored, variables, batch)
+            logits = self.predict(name, self._scored, variables, batch)
             return carry, self._count(batch["label"], logits)
 
         def add(batch: Mapping[str, np.ndarray], counts: np.ndarray) -> None:
@@ -147,36 +140,80 @@ class Evaluator:
             np.add(padded, (~batch["valid"][batch["index"] >= 0]).any(), out=padded)
 
         center = self.how.center
-        fold(update, None, self._batches(self._share(), center), self._mesh, sink=add)
+        with self.telling_compilations("Evaluation"):
+            fold(update, None, self._batches(self._share(), center), self.mesh, sink=add)
         total, padded = map(_sum_over_processes, (total, padded))
         if not total.any():
             raise UserError(_NO_LABELS)
-        self._tell_compilations(len(self._compiled - compiled))
         note = f", padded to multiples of {self._bucket}" if padded and center is None else ""
         return Evaluation(total, f"{self.how}{note}")
 
-    def logits(self, name: str, variables: Variables, source: Source) -> list[np.ndarray]:
-        """Logits `[h,w,C]` of every image of a small source, in order and at its size."""
-        found: dict[int, np.ndarray] = {}
-        variables = self._local(variables)
+    def maps(
+        self,
+        name: str,
+        variables: Variables,
+        source: Source,
+        read: Callable[[jax.Array], Mapping[str, jax.Array]],
+    ) -> list[dict[str, np.ndarray]]:
+        """What the logits of every image of a small source say, in order and at its size.
 
-        def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, jax.Array]:
-            return carry, self._run(name, self.how, variables, batch)
+        Args:
+          name: of a student or a teacher.
+          variables: its arrays.
+          source: of images.
+          read: jitted, logits `[b,h,w,C]` -> name -> `[b,h,w,...]`, which alone leaves the devices.
+        """
+        found: dict[int, dict[str, np.ndarray]] = {}
+        variables = self.local(variables)
 
-        def collect(batch: Mapping[str, np.ndarray], logits: np.ndarray) -> None:
-            for index, valid, padded in zip(batch["index"], batch["valid"], logits, strict=True):
+        def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, object]:
+            return carry, read(self.predict(name, self.how, variables, batch))
+
+        def collect(batch: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray]) -> None:
+            for row, (index, valid) in enumerate(zip(batch["index"], batch["valid"], strict=True)):
                 height, width = valid.any(1).sum(), valid.any(0).sum()
-                found[int(index)] = padded[:height, :width]
+                found[int(index)] = {key: x[row, :height, :width] for key, x in maps.items()}
 
-        fold(update, None, self._batches(source), self._mesh, sink=collect)
+        fold(update, None, self._batches(source), self.mesh, sink=collect)
         return [found[i] for i in range(len(source))]
 
-    def _run(
+    def predict(
         self, name: str, how: Presentation, variables: Variables, batch: Mapping[str, jax.Array]
     ) -> jax.Array:
+        """Logits `[b,h,w,C]` of a batch on `mesh`; networks of one architecture share a program."""
         program = self._nets[name.removeprefix(TEACHER)], how
+        if program not in self._programs:
+            self._programs[program] = jax.jit(
+                make_predict(*program),
+                in_shardings=(self._everywhere, self._rows, self._rows),
+                out_shardings=self._rows,
+            )
         self._compiled.add((*program, batch["image"].shape))
-        return self._predict[program](variables, batch["image"], batch["valid"])
+        return self._programs[program](variables, batch["image"], batch["valid"])
+
+    def local(self, variables: Variables) -> Variables:
+        """This process's copy, for programs in which no other process takes part."""
+        if jax.process_count() == 1:
+            return variables
+        return jax.tree.map(
+            lambda x: jax.make_array_from_single_device_arrays(
+                x.shape, self._everywhere, [shard.data for shard in x.addressable_shards]
+            ),
+            variables,
+        )
+
+    @contextlib.contextmanager
+    def telling_compilations(self, what: str) -> Iterator[None]:
+        """Says how often `predict` compiled in the block, where images differ in size."""
+        before = set(self._compiled)
+        yield
+        new = self._compiled - before
+        sizes = {shape for *_, shape in new}
+        if len(sizes) > 1 and self._say is not None:
+            self._say(
+                f"{what}: {len(sizes)} image sizes, {len(new)} compilations, once per start. A "
+                f"larger --config.eval.bucket (now {self._bucket}) pads to fewer sizes."
+            )
 
     def _share(self) -> Source:
         """The images that this process evaluates."""
@@ -190,26 +227,8 @@ class Evaluator:
     ) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.in_order(source, self._batch, bucket=self._bucket, center=center)
 
-    def _local(self, variables: Variables) -> Variables:
-        """This process's copy, for programs in which no other process takes part."""
-        if jax.process_count() == 1:
-            return variables
-        return jax.tree.map(
-            lambda x: jax.make_array_from_single_device_arrays(
-                x.shape, self._everywhere, [shard.data for shard in x.addressable_shards]
-            ),
-            variables,
-        )
-
     def _confusion(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return metrics.confusion_matrix(labels, logits.argmax(-1), self._source.info.num_classes)
-
-    def _tell_compilations(self, count: int) -> None:
-        if count > 1 and self._say is not None:
-            self._say(
-                f"Evaluation: {count} image sizes, {count} compilations, once per start. A larger "
-                f"--config.eval.bucket (now {self._bucket}) pads to fewer sizes."
-            )
 
 
 _NO_LABELS = (
@@ -224,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
         prog="python -m jaxssl.evaluate",
         description="Evaluates the networks of a run.",
-        epilog="Any --config.eval.KEY=VALUE and --config.data.root=DIR change the run's config.",
+        epilog="Any --config.eval.KEY=VALUE (--config.eval.flip, --noconfig.eval.flip for short) "
+        "and --config.data.root=DIR change the run's config.",
     )
     parser.add_argument("--workdir", required=True, type=Path, help="of the run")
     parser.add_argument("--network", help="one of the run's networks (default: all)")
@@ -284,19 +304,21 @@ def evaluate_trained(run: Trained, network: str | None, step: str, split: str) -
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Keys and values of arguments `--config.KEY=VALUE`; evaluation may change these alone."""
+    """Keys and values of arguments `--config.KEY=VALUE`; `--config.KEY` and `--noconfig.KEY` are
+    true and false. Evaluation may change some keys alone.
+    """
     overrides = {}
     for argument in arguments:
-        name, given, value = argument.partition("=")
-        key = name.removeprefix("--config.")
-        if key == name or not given:
+        match = re.fullmatch(r"--(?P<no>no)?config\.(?P<key>[^=]+)(=(?P<value>.*))?", argument)
+        if match is None or (match["no"] and match["value"] is not None):
             raise UserError(f"Unexpected argument {argument!r}. See --help.")
+        key, flag = match["key"], "false" if match["no"] else "true"
         if key != "data.root" and not key.startswith("eval."):
             raise UserError(
-                f"{name} cannot be changed: the run was trained with it. --config.eval.* and "
-                "--config.data.root can."
+                f"--config.{key} cannot be changed: the run was trained with it. --config.eval.* "
+                "and --config.data.root can."
             )
-        overrides[key] = value
+        overrides[key] = flag if match["value"] is None else match["value"]
     return overrides
 
 
@@ -311,12 +333,6 @@ def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
     sent = np.frombuffer(counts.tobytes(), np.uint8)
     gathered = np.asarray(multihost_utils.process_allgather(sent[None], tiled=True))
     return gathered.view(np.int64).sum(0).reshape(counts.shape)
-
-
-def _at_least_one(key: str, value: int) -> int:
-    if value < 1:
-        raise UserError(f"{key}={value} is too small. Give 1 or more.")
-    return value
 
 
 if __name__ == "__main__":

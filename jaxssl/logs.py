@@ -234,7 +234,7 @@ class Console:
         self._stream = stream
         self._clock = clock
         self._name, self._steps = "", 0
-        self._speed = _Speed()
+        self._speed = _Speed("steps")
 
     def __enter__(self) -> Console:
         return self
@@ -242,11 +242,11 @@ class Console:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def phase(self, name: str, steps: int, start: int = 0) -> None:
-        """Begins a phase of `steps` steps, of which `start` are done."""
+    def phase(self, name: str, steps: int, start: int = 0, *, unit: str = "steps") -> None:
+        """Begins a phase of `steps` steps, of which `start` are done; `unit` is their name."""
         del start
         self._name, self._steps = name, steps
-        self._speed = _Speed()
+        self._speed = _Speed(unit)
 
     def step(self, step: int) -> None:
         """Notes that `step` steps of the phase are done; cheap, to be called after each."""
@@ -324,12 +324,12 @@ class TerminalConsole(Console):
         self._bar: rich.progress.Progress | None = None
         self._shown: dict[str, float] = {}
 
-    def phase(self, name: str, steps: int, start: int = 0) -> None:
+    def phase(self, name: str, steps: int, start: int = 0, *, unit: str = "steps") -> None:
         """Begins a phase and its bar; that of the phase before stays on the screen."""
         from rich import progress
 
         self.close()
-        super().phase(name, steps, start)
+        super().phase(name, steps, start, unit=unit)
         self._shown = {}
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}", style="bold", markup=False),
@@ -420,8 +420,8 @@ class _Speed:
     The clock starts when the first step is done, so that its compilation does not count.
     """
 
-    def __init__(self, seconds: float = 30.0):
-        self._seconds = seconds
+    def __init__(self, unit: str, seconds: float = 30.0):
+        self._unit, self._seconds = unit, seconds
         self._marks: collections.deque[tuple[int, float]] = collections.deque()
 
     def mark(self, step: int, now: float) -> None:
@@ -438,7 +438,7 @@ class _Speed:
             return ""
         rate = (last - first) / (end - begin)
         left = f", {_duration(steps_left / rate)} left" if steps_left > 0 else ""
-        return f"{_number(rate)} steps/s{left}"
+        return f"{_number(rate)} {self._unit}/s{left}"
 
 
 def _duration(seconds: float) -> str:

@@ -47,7 +47,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> int:
         console = stack.enter_context(logs.create_console(main_process=main_process))
         stack.enter_context(stopwatch.counting_compilation())
         stop = stack.enter_context(StopSignal(jax.process_count()))
-        config = auto.resolve(config, path, console.message)
+        config = auto.resolve(config, path if trained.has_begun(path) else None, console.message)
         current = build(config, path, console, stop, stopwatch, stack)
         try:
             state = train_all(current)
@@ -97,6 +97,7 @@ def build(
     open_workdir(workdir, config, split, info, main_process=main_process)
     multihost_utils.sync_global_devices("all processes have looked at the workdir")
     tensorboard = config.log.tensorboard
+    evaluator = Evaluator(nets, sources["val"], mesh, config, say=console.message)
     current = Run(
         config=config,
         workdir=workdir,
@@ -107,8 +108,8 @@ def build(
         schedule=optim.make_schedule(config.optimizer),
         sources=sources,
         mesh=mesh,
-        evaluator=Evaluator(nets, sources["val"], mesh, config, say=console.message),
-        watcher=Watcher(method, nets, sources, mesh, config),
+        evaluator=evaluator,
+        watcher=Watcher(method, evaluator, sources, config),
         checkpoints=stack.enter_context(Checkpoints(workdir / "checkpoints")),
         logger=stack.enter_context(
             logs.Logger(workdir, main_process=main_process, tensorboard=tensorboard)
@@ -172,7 +173,8 @@ def restore_or_create(run: Run) -> tuple[int, TrainState]:
             f"{run.workdir} was trained in the phases {meta['phases']}, this run has {phases}. "
             "The data or the library changed: choose another --workdir."
         )
-    run.best.update(meta["best"])
+    for name, record in meta["best"].items():
+        run.best[name] = {"mode": "mode unknown", **record}  # which older versions did not store
     index = next(i for i in range(len(phases)) if run.begin(i) < step <= run.begin(i + 1))
     state = run.checkpoints.restore(step, abstract_state(run, index))
     if int(state.step) != step:
@@ -307,18 +309,34 @@ def read_weights(run: Run, weights: Weights) -> Variables:
 def open_workdir(
     workdir: Path, config: Config, split: Split, info: DataInfo, *, main_process: bool
 ) -> None:
-    """Writes what describes the run, or makes sure that the workdir belongs to it."""
+    """Writes what describes the run, or makes sure that the workdir belongs to it. What a start
+    that failed at once left there is replaced: its error may have asked for another config.
+    """
     current = json.loads(config.to_json_best_effort())
+    if trained.has_begun(workdir):
+        _refuse_other_run(workdir, current, split, info)
+    if main_process:
+        workdir.mkdir(parents=True, exist_ok=True)
+        environment = json.dumps(logs.environment(), indent=1) + "\n"
+        trained.write_whole(workdir / "environment.json", environment)
+        trained.write_whole(workdir / "splits.json", split.to_json())
+        trained.write_classes(workdir, info)
+        # Last: it says that the rest is there.
+        trained.write_whole(workdir / "config.json", json.dumps(current, indent=1) + "\n")
+
+
+def _refuse_other_run(
+    workdir: Path, current: Mapping[str, Any], split: Split, info: DataInfo
+) -> None:
+    """Refuses to go on with a run of another config, or whose data changed since."""
     stored = workdir / "config.json"
-    if stored.exists():
-        different = configs.differences(json.loads(stored.read_text()), current)
-        if different:
-            raise UserError(
-                f"{workdir} belongs to another config. Choose another --workdir, or set back:\n  "
-                + "\n  ".join(different)
-            )
-    elif (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists():
+    if not stored.exists():
         raise UserError(f"{workdir} holds a run without its config.json. Choose another --workdir.")
+    if different := configs.differences(json.loads(stored.read_text()), current):
+        raise UserError(
+            f"{workdir} belongs to another config. Choose another --workdir, or set back:\n  "
+            + "\n  ".join(different)
+        )
     splits = workdir / "splits.json"
     if splits.exists() and Split.from_json(splits.read_text()) != split:
         raise UserError(
@@ -330,14 +348,6 @@ def open_workdir(
             f"The classes differ from those in {workdir / 'classes.json'}: the data changed since "
             "the run began. Restore them, or choose another --workdir."
         )
-    if main_process:
-        workdir.mkdir(parents=True, exist_ok=True)
-        environment = json.dumps(logs.environment(), indent=1) + "\n"
-        trained.write_whole(workdir / "environment.json", environment)
-        trained.write_whole(splits, split.to_json())
-        trained.write_classes(workdir, info)
-        # Last: it says that the rest is there.
-        trained.write_whole(stored, json.dumps(current, indent=1) + "\n")
 
 
 def _finish(run: Run) -> None:
@@ -358,7 +368,7 @@ def _report(run: Run, state: TrainState) -> None:
     minutes, seconds = divmod(round(sum(run.stopwatch.seconds().values())), 60)
     lines = [
         f"Done: step {step}, {minutes}:{seconds:02d} min. Network {best['network']} on val, "
-        f"{run.evaluator.how}: mIoU {100 * best['last']:.2f} at the end, "
+        f"{best['mode']}: mIoU {100 * best['last']:.2f} at the end, "
         f"{100 * best['miou']:.2f} at its best (step {best['step']}).",
         f"Metrics:  {run.workdir / 'metrics.jsonl'}, and tensorboard --logdir {run.workdir}",
     ]

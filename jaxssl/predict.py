@@ -287,7 +287,7 @@ def _label_all(
 ) -> tuple[int, int]:
     """Counts of images that could not be read, and of those that were cut into tiles."""
     failed = tiled = 0
-    console.phase("predict", len(names))
+    console.phase("predict", len(names), unit="images")
     # Reading and writing take longer than a small network; the devices take one image at a time.
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS + jax.local_device_count())
     try:

@@ -96,7 +96,7 @@ def _pack(args: argparse.Namespace, rest: Sequence[str]) -> None:
     parts = packing.parts_of(configs.from_arguments(rest).data)
     total = sum(map(len, parts.values()))
     with create_console() as console:
-        console.phase("packed", total)
+        console.phase("packed", total, unit="images")
         packing.pack(parts, args.out, size, console.step)
         for name, part in parts.items():
             labels = len(part) - len(part.unlabeled)

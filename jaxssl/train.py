@@ -59,8 +59,8 @@ class Run:
       console: of words.
       stop: asks whether to leave.
       stopwatch: where the time of this start goes.
-      best: phase name -> {"step", "miou", "network", "last"}: the headline's best evaluation so far
-        and the mIoU of its last one.
+      best: phase name -> {"step", "miou", "network", "mode", "last"}: the headline's best
+        evaluation so far and the mIoU of its last one, both in this mode.
     """
 
     config: Config
@@ -141,10 +141,12 @@ def train_phase(
                 run, index, state, step, everything=last, trusted=last or not skips.in_a_row()
             )
             stop = run.stop.should_stop(step)
-            # Weights that give nothing finite must not replace the last ones that did.
-            if last or improved or ((saves or stop) and not skips.in_a_row()):
+            # Weights that give nothing finite must not replace the last ones that did. Nobody knows
+            # which these are until a step from them is finite: a run that is to stop waits for it.
+            saved = last or improved or ((saves or stop) and not skips.in_a_row())
+            if saved:
                 save(run, index, state, step)
-            if stop and run.stop.received is not None:
+            if stop and saved and run.stop.received is not None:
                 raise Stopped(run.stop.received)
     return state
 
@@ -249,13 +251,16 @@ def evaluate(
         _show_scores(run, f"{phase.name}: ", step, scores, watched, everything=everything)
         if run.config.eval.panels and jax.process_count() == 1:
             write_panels(run, headline, state, step)
-    best = scores[headline]
-    record = run.best.setdefault(phase.name, {"step": 0, "miou": -1.0, "network": headline})
-    record["last"] = best.miou
-    improved = trusted and best.miou > record["miou"]
-    if improved:
-        record.update(step=step, miou=best.miou)
-    return improved
+    return trusted and _note_best(run, phase, headline, step, scores[headline])
+
+
+def _note_best(run: Run, phase: Phase, headline: str, step: int, score: Evaluation) -> bool:
+    """Whether a score is the phase's best; one of another mode, as before a resume, has no say."""
+    best = run.best.get(phase.name)
+    if best is None or best["mode"] != score.mode or score.miou > best["miou"]:
+        best = {"step": step, "miou": score.miou, "network": headline, "mode": score.mode}
+    run.best[phase.name] = {**best, "last": score.miou}
+    return best["step"] == step
 
 
 def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
@@ -263,22 +268,21 @@ def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
     source, student = run.sources["val"], headline.removeprefix(TEACHER)
     shown = loading.Subset(source, source.ids[:: -(-len(source) // run.config.eval.panels)])
     records = [shown[i] for i in range(len(shown))]
+    read = functools.partial(_labels, run.method)
+
+    def look(network: str) -> list[dict[str, np.ndarray]]:
+        return run.evaluator.maps(network, state.network(network), shown, read)
+
     columns = {
         "image": [record["image"] for record in records],
         "truth": [record["label"] for record in records if "label" in record],
-        f"student {student}": [
-            logits.argmax(-1).astype(np.uint8)
-            for logits in run.evaluator.logits(student, state.network(student), shown)
-        ],
+        f"student {student}": [labels["predicted"] for labels in look(student)],
     }
     if labeler := run.method.labeler:
-        all_logits = run.evaluator.logits(labeler, state.network(labeler), shown)
-        columns[f"{labeler.replace('_', ' ')}: pseudo-label"] = [
-            logits.argmax(-1).astype(np.uint8) for logits in all_logits
-        ]
-        columns["kept"] = [
-            np.asarray(run.method.pseudo_labels(jnp.asarray(logits))) for logits in all_logits
-        ]
+        found = look(labeler)
+        name = f"{labeler.replace('_', ' ')}: pseudo-label"
+        columns[name] = [labels["predicted"] for labels in found]
+        columns["kept"] = [labels["taught"] for labels in found]
     picture = panels.write(
         panel_path(run.workdir, step),
         list(zip(*columns.values(), strict=True)),
@@ -287,6 +291,15 @@ def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
         captions=[record["id"] for record in records],
     )
     run.logger.image(step, "panels", picture)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _labels(method: Method, logits: jax.Array) -> dict[str, jax.Array]:
+    """What logits predict, and what the method would teach from them, uint8 `[b,h,w]`."""
+    return {
+        "predicted": logits.argmax(-1).astype(jnp.uint8),
+        "taught": method.pseudo_labels(logits),
+    }
 
 
 def panel_path(workdir: Path, step: int) -> Path:

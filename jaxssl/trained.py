@@ -34,8 +34,8 @@ class Trained:
       nets: by student.
       phases: (name, steps) of each phase, in order.
       phase: the one that the newest checkpoint belongs to.
-      best: the best evaluation of the headline in `phase`: {"step", "miou", "network", "last"};
-        None before the first one.
+      best: the best evaluation of the headline in `phase`: {"step", "miou", "network", "mode",
+        "last"}; None before the first one.
       kept: steps whose checkpoints are there, rising; more than one.
     """
 
@@ -129,6 +129,7 @@ def open_trained(workdir: str | Path, overrides: Mapping[str, Any] | None = None
     """
     path = Path(workdir).expanduser().absolute()
     config = _overridden(_read_config(path), overrides or {})
+    configs.check(config)
     info, method = read_classes(path), methods.load(config.method)
     nets = {
         name: models.load(configs.model_of(config, name), info.num_classes)
@@ -180,6 +181,12 @@ def read_network(
         checkpoints.restore_part(step, (f"{prefix}params", student), shapes.params),
         checkpoints.restore_part(step, (f"{prefix}stats", student), shapes.stats),
     )
+
+
+def has_begun(workdir: Path) -> bool:
+    """Whether a run logged or saved anything in a workdir, which another one would mix with."""
+    logged = (workdir / "metrics.jsonl").exists()
+    return logged or any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def write_classes(workdir: Path, info: DataInfo) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxssl import metrics, sharding
 from jaxssl.config import Config
@@ -25,14 +24,13 @@ from jaxssl.contracts import (
     IGNORE_LABEL,
     Method,
     Metrics,
-    Network,
     Source,
     UnreadableError,
     UserError,
-    Variables,
 )
 from jaxssl.data import loading, pipeline
-from jaxssl.inference import Presentation, make_predict
+from jaxssl.evaluate import Evaluator
+from jaxssl.inference import Presentation
 from jaxssl.state import TEACHER, TrainState
 from jaxssl.sweep import fold
 
@@ -208,46 +206,34 @@ class Watcher:
     def __init__(
         self,
         method: Method,
-        nets: Mapping[str, Network],
+        evaluator: Evaluator,
         sources: Mapping[str, Source],
-        mesh: Mesh,
         config: Config,
     ):
         """Prepares; nothing is read or compiled yet.
 
         Args:
           method: says which networks to look at.
-          nets: by student.
+          evaluator: runs them, on the devices of its process.
           sources: "val", with labels, is looked at; the prior comes from "labeled".
-          mesh: devices; those of the main process are used.
           config: of the run. `eval.watch` is the number of images, evenly spaced, 0 for none. They
             are shown whole, or by windows or at half the size where evaluation does so.
         """
-        self._method = method
+        self._method, self._evaluator = method, evaluator
         self._labeled = _evenly_spaced(sources["labeled"], PRIOR_IMAGES)
         self._source = _evenly_spaced(sources["val"], config.eval.watch)
         self._bucket = config.eval.bucket
         self._pairs = _pairs(method)
-        self._mesh = sharding.make_mesh(mesh.local_devices)
-        self._everywhere, rows = sharding.replicated(self._mesh), sharding.batched(self._mesh)
-        how = Presentation.of(config.eval, config.crop)
+        how = evaluator.how
         # Mirror images and scales would show the average, and the center only a part.
-        how = Presentation(
+        self._how = Presentation(
             "whole" if how.mode == "center_crop" else how.mode, how.window, how.stride
         )
-        programs = {  # networks of one architecture share a program
-            net: jax.jit(
-                make_predict(net, how),
-                in_shardings=(self._everywhere, rows, rows),
-                out_shardings=rows,
-            )
-            for net in set(nets.values())
-        }
-        self._predict = {name: programs[net] for name, net in nets.items()}
+        rows, everywhere = sharding.batched(evaluator.mesh), sharding.replicated(evaluator.mesh)
         self._compare = jax.jit(
             self._measure,
-            in_shardings=(rows, rows, rows, self._everywhere),
-            out_shardings=self._everywhere,
+            in_shardings=(rows, rows, rows, everywhere),
+            out_shardings=everywhere,
         )
 
     def __call__(self, state: TrainState, progress: float) -> Watched | None:
@@ -261,14 +247,13 @@ class Watcher:
         if labeler is None or not len(self._source) or jax.process_index():
             return None
         names = {labeler, *(name for pair in self._pairs.values() for name in pair)}
-        networks = {name: self._local(state.network(name)) for name in sorted(names)}
+        run, mesh = self._evaluator, self._evaluator.mesh
+        networks = {name: run.local(state.network(name)) for name in sorted(names)}
         now, total = np.float32(progress), collections.defaultdict[str, Any](int)
 
         def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, object]:
             logits = {
-                name: self._predict[name.removeprefix(TEACHER)](
-                    variables, batch["image"], batch["valid"]
-                )
+                name: run.predict(name, self._how, variables, batch)
                 for name, variables in networks.items()
             }
             return carry, self._compare(logits, batch["label"], batch["valid"], now)
@@ -279,8 +264,9 @@ class Watcher:
                 total[name] += value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
 
         # One image for each device: several networks' logits are large.
-        batches = pipeline.in_order(self._source, self._mesh.size, bucket=self._bucket)
-        fold(update, None, batches, self._mesh, sink=add)
+        batches = pipeline.in_order(self._source, mesh.size, bucket=self._bucket)
+        with run.telling_compilations("Watching"):
+            fold(update, None, batches, mesh, sink=add)
         return Watched(
             labeler,
             PseudoLabels(total["counts"]),
@@ -295,14 +281,6 @@ class Watcher:
         `PRIOR_IMAGES` images. One that cannot be read is left out.
         """
         return class_counts(self._labeled)
-
-    def _local(self, variables: Variables) -> Variables:
-        """A copy for programs in which no other process takes part."""
-        if jax.process_count() == 1:
-            return variables
-        return jax.tree.map(
-            lambda x: jax.device_put(x.addressable_data(0), self._everywhere), variables
-        )
 
     def _measure(
         self,

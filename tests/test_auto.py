@@ -11,6 +11,7 @@ from PIL import Image
 from jaxssl import auto
 from jaxssl import config as configs
 from jaxssl.contracts import UserError
+from jaxssl.data import packing
 from jaxssl.data.folder import Facts
 
 CLASSES = ("0 sky", "1 road")
@@ -112,7 +113,7 @@ def test_every_choice_is_said():
 @pytest.mark.parametrize("text", ["", '{"data": {"name": "streets"}}'])
 def test_a_workdir_of_another_run_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json is not of a run on a folder"):
+    with pytest.raises(UserError, match=r"config\.json is not of a run with such a config"):
         auto.resolve(configs.folder(), tmp_path, print)
 
 
@@ -128,9 +129,59 @@ def test_a_resumed_run_goes_on_as_it_began(tmp_path):
     assert configs.differences(stored, json.loads(resumed.to_json_best_effort())) == []
 
 
-def test_other_data_sets_set_everything_themselves():
+@pytest.fixture
+def three(tmp_path):
+    """A config for three images, two of which have a mask, of classes that a file names."""
+    for i in range(3):
+        for kind, shape in (("images", (20, 30, 3)), ("labels", (20, 30))):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            if kind == "images" or i:
+                Image.fromarray(np.full(shape, i, np.uint8)).save(tmp_path / kind / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
+    config = configs.folder("small")
+    config.data.root = str(tmp_path)
+    return config
+
+
+def test_edited_classes_are_refused_when_a_run_goes_on(three, tmp_path):
+    config, table = three, tmp_path / "classes.txt"
+    began = auto.resolve(config, None, print)
+    (tmp_path / "config.json").write_text(began.to_json_best_effort())
+    assert auto.resolve(config, tmp_path, print).to_dict() == began.to_dict()
+    table.write_text("sky\nroad\nbus\n")
+    with pytest.raises(UserError, match=r"classes\.txt now says 2 bus.*began with 2 car"):
+        auto.resolve(config, tmp_path, print)
+    assert auto.resolve(config, None, print).data.classes == ("0 sky", "1 road", "2 bus")
+    table.unlink()
+    assert auto.resolve(config, tmp_path, print).to_dict() == began.to_dict()
+
+
+def test_packed_images_are_trained_on_as_the_folder_they_come_from(three, tmp_path):
+    began = auto.resolve(three, None, print)
+    packing.pack(packing.parts_of(three.data), tmp_path / "packed")
+    three.data.update(name="tfds", root=str(tmp_path / "packed"))
+    found = auto.resolve(three, None, print)
+    began.data.update(name="tfds", root=three.data.root)
+    lines = [line.partition(" #")[0] for line in found.data.classes]  # masks name no colors
+    assert lines == list(began.data.classes)
+    began.data.classes = found.data.classes
+    assert found.to_dict() == began.to_dict()
+
+
+def test_other_configs_set_everything_themselves():
     config = configs.cityscapes(None, None)
     assert auto.resolve(config, None, print) is config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps", 0), ("batch.accumulate", 0), ("batch.labeled", -4), ("warmup", -1)],
+)
+def test_numbers_that_are_too_small_are_refused(key, value):
+    config = configs.folder()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"{key}={value} is too small.*--config.{key}"):
+        auto.resolve(config, None, print)
 
 
 def test_size_range():

@@ -69,18 +69,20 @@ def listing(root):
 
 def test_a_sound_folder_would_train(root):
     save(root / "images/scene 0.PNG", np.dstack([image(0)[..., 0]] * 3))
+    save(root / "labels/scene 0.png", np.where(mask(0) == 1, 0, mask(0)))
     before = listing(root)
     code, text = check(config(root))
     assert code == 0, text
     assert listing(root) == before
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "labeled 40x50 8 1 0 0" in lines
-    assert "unlabeled 40x60 to 43x60, 4 sizes 4 0 0 0" in lines
+    assert "labeled 40x50 8 1 1 to 2 0 0" in lines
+    assert "unlabeled 40x60 to 43x60, 4 sizes 4 0 - 0 0" in lines
+    assert "val 40x50 2 0 2 0 0" in lines
     assert "Training would start." in lines
     assert "Warning" not in text
-    stacked = np.stack([mask(seed) for seed in range(8)])
+    stacked = np.stack([mask(seed) for seed in range(1, 8)] + [np.where(mask(0) == 1, 0, mask(0))])
     share = 100 * (stacked == 1).sum() / (stacked < 2).sum()
-    assert any(line.startswith(f"road {share:.2f} 8 ") for line in lines)
+    assert any(line.startswith(f"road {share:.2f} 7 ") for line in lines)
     assert any(line.startswith("(ignored) 1.00 8 1.00 2") for line in lines)
 
 
@@ -146,16 +148,19 @@ def test_supervised_training_needs_no_unlabeled_images(root):
 
 def test_a_value_to_ignore_is_suggested(root):
     spoil_value(root)
+    save(root / "labels/scene 4.png", np.full((40, 50), 7, np.uint8))
     _, text = check(config(root))
-    assert "7 (500 pixels)" in text
+    assert "7 (2500 pixels in 2 masks)" in text
     assert "--config.data.ignore=255,7" in text
     assert check(config(root, **{"data.ignore": (255, 7)}))[0] == 0
 
 
-def test_what_training_puts_up_with_is_a_warning(root):
+def test_what_training_puts_up_with_is_a_warning(root, monkeypatch):
     (root / "classes.txt").write_text("sky\nroad\nunicorn\n")
     (root / "unlabeled/20.jpg").write_bytes(b"no image")
     save(root / "unlabeled/copy.png", image(31))
+    save(root / "unlabeled/another copy.png", image(2))
+    monkeypatch.setattr(check_data, "LARGE", 42 * 60)
     code, text = check(config(root))
     assert code == 0, text
     for words in (
@@ -163,9 +168,18 @@ def test_what_training_puts_up_with_is_a_warning(root):
         "1 classes are absent in val: unicorn",
         "1 of unlabeled cannot be read; training puts other images in their place",
         "1 pictures are in unlabeled and in val: unlabeled/copy and val/31",
+        "1 pictures are in labeled and in unlabeled: scene 2 and unlabeled/another copy",
+        "1 images of unlabeled have more than",
     ):
         assert f"Warning: {words}" in text
     assert "unicorn absent 0 absent 0" in " ".join(text.split())
+
+
+def test_overlap_on_purpose_is_no_warning(root):
+    code, text = check(config(root, **{"data.overlap": True}))
+    assert code == 0, text
+    assert "unlabeled 40x50 to 43x60" in " ".join(text.split())
+    assert "Warning" not in text
 
 
 def test_streets_are_checked_too(tmp_path, monkeypatch):
@@ -177,7 +191,7 @@ def test_streets_are_checked_too(tmp_path, monkeypatch):
     streets.data.update(size=(16, 32), train_count=12, val_count=2)
     code, text = check(streets)
     assert code == 0, text
-    assert "labeled 16x32 4 0 0 0" in " ".join(text.split())
+    assert re.search(r"labeled 16x32 4 0 \d+( to \d+)? 0 0 ", " ".join(text.split()))
 
 
 def test_a_wrong_method_is_no_matter_of_the_data(root):

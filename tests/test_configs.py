@@ -129,6 +129,9 @@ def test_variants_of_folders(name):
         assert config.model.pretrained
         assert config.warmup == 0
     assert settled(name, "small").warmup > 0
+    for arg in ("r101,pretrained", "pretrained,r50", "small,r101"):
+        with pytest.raises(UserError, match="exclude each other"):
+            get_config(name, arg)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -177,6 +180,8 @@ def test_variants_of_pets(arg):
     config = get_config("mkd_pets", arg)
     assert (config.warmup == 0) == bool(config.model.pretrained) == ("pretrained" in arg)
     assert (config.eval.mode == "half_res") == ("small" in arg)
+    with pytest.raises(UserError, match="'r50' and 'pretrained' exclude each other"):
+        get_config("mkd_pets", "r50,pretrained")
 
 
 def test_mkd_defaults_are_the_papers():

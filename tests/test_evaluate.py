@@ -163,13 +163,15 @@ def test_half_res_scores_at_half_the_size():
 
 
 @pytest.mark.parametrize("mode", ["whole", "center_crop", "half_res"])
-def test_logits_come_in_order_and_at_the_size_of_the_image(mode):
+def test_maps_come_in_order_and_at_the_size_of_the_image(mode):
     source = Painting()
-    found = make(source, mode=mode, window=(8, 8)).logits("a", PAINTED, source)
-    assert [logits.shape for logits in found] == [(*size, C) for size in SIZES]
+    evaluator = make(source, mode=mode, window=(8, 8))
+    read = jax.jit(lambda logits: {"classes": logits.argmax(-1).astype(jnp.uint8)})
+    found = [maps["classes"] for maps in evaluator.maps("a", PAINTED, source, read)]
+    assert [(classes.shape, classes.dtype) for classes in found] == [(s, np.uint8) for s in SIZES]
     if mode != "half_res":
-        for i, logits in enumerate(found):
-            np.testing.assert_array_equal(logits.argmax(-1), source[i]["image"][..., 0])
+        for i, classes in enumerate(found):
+            np.testing.assert_array_equal(classes, source[i]["image"][..., 0])
 
 
 @pytest.mark.parametrize(
@@ -191,12 +193,6 @@ def test_compilations_are_counted_and_said_once(changes, sizes):
 def test_images_without_labels_are_refused(labels):
     with pytest.raises(UserError, match="no labeled pixel"):
         make(Painting(labels=labels))("a", PAINTED)
-
-
-@pytest.mark.parametrize("key", ["batch", "bucket"])
-def test_numbers_below_one_are_refused(key):
-    with pytest.raises(UserError, match=f"eval.{key}=0"):
-        make(**{key: 0})
 
 
 def process(rank, port, path):
@@ -357,13 +353,16 @@ def test_the_command_evaluates_all_networks_of_a_run(run, capsys):
     assert "nan" not in (run / "evaluations.jsonl").read_text().lower() + printed.lower()
 
 
-def test_the_command_takes_a_network_a_step_and_a_split(run):
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--config.eval.flip"], ", flip"), (["--noconfig.eval.flip"], "")]
+)
+def test_the_command_takes_a_network_a_step_a_split_and_flags(run, flags, words):
     before = lines(run) if (run / "evaluations.jsonl").exists() else []
-    assert main([f"--workdir={run}", "--network=b", "--step=3", "--split=train"]) == 0
+    assert main([f"--workdir={run}", "--network=b", "--step=3", "--split=train", *flags]) == 0
     (line,) = lines(run)[len(before) :]
     assert (line["network"], line["step"], line["phase"]) == ("b", 3, "warmup")
     assert (line["split"], line["images"]) == ("train", 12)
-    assert line["mode"] == "whole, padded to multiples of 32"
+    assert line["mode"] == f"whole{words}, padded to multiples of 32"
 
 
 @pytest.mark.parametrize(
@@ -373,6 +372,9 @@ def test_the_command_takes_a_network_a_step_and_a_split(run):
         (["--config.data.split=8"], "--config.data.split cannot be changed"),
         (["--config.eval.mode=sliding"], "There are: whole, slide, center_crop, half_res"),
         (["--config.eval.modus=slide"], "modus"),
+        (["--config.eval.batch=0"], "eval.batch=0 is too small"),
+        (["--config.eval.bucket"], "eval.bucket=true"),
+        (["--noconfig.eval.flip=true"], "Unexpected argument '--noconfig.eval.flip=true'"),
         (["--network=c"], "There are: a, b"),
         (["--step=4"], "3, 5"),
         (["--step=first"], "3, 5"),

@@ -135,6 +135,33 @@ def build(root, layout):
     return root
 
 
+@pytest.mark.parametrize("suffix", ["", ".png"])
+def test_lists_may_name_files_in_images_and_labels(tmp_path, suffix):
+    for seed, name in enumerate(["a b", "in/c", "d", "v"]):
+        add(tmp_path, f"images/{name}.png", f"labels/{name}_mask.png", seed)
+    save(tmp_path / "labels/stranger.txt.png", ids_of(0))
+    for part, names in (("train", ["a b", "in/c"]), ("unlabeled", ["d"]), ("val", ["v"])):
+        (tmp_path / f"{part}.txt").write_text("".join(f"{name}{suffix}\n" for name in names))
+    with pytest.raises(UserError, match="stranger"):
+        layouts.find(tmp_path)
+    (tmp_path / "labels/stranger.txt.png").unlink()
+    split, sources = loading.training_sets(data(tmp_path))
+    assert split.labeled == ("a b", "in/c")
+    assert split.unlabeled == ("d",)
+    np.testing.assert_array_equal(sources["labeled"][1]["label"], ids_of(1))
+    assert loading.load(data(tmp_path), "val", labels=True)[0]["id"] == "v"
+
+
+def test_a_name_in_another_encoding_is_shown(tmp_path):
+    root = build(tmp_path, "images and labels")
+    try:
+        save(root / "unlabeled/caf\udce9.png", picture(0))
+    except OSError:
+        pytest.skip("this file system has UTF-8 names alone")
+    with pytest.raises(UserError, match=r"b'unlabeled/caf\\xe9\.png' is not UTF-8"):
+        layouts.find(root)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_recognized(tmp_path, layout):
     root, expected = build(tmp_path, layout), LAYOUTS[layout][1]
@@ -207,6 +234,11 @@ def test_classes_file_names_and_numbers_classes(tmp_path):
     settled = data(root, classes=folder.look(data(root)).classes)
     (root / "classes.txt").unlink()
     np.testing.assert_array_equal(loading.load(settled, "train", labels=True)[0]["label"], expected)
+    (root / "classes.txt").write_text("sky\ncar\n")
+    notes = " ".join(folder.look(data(root, ignore=(0, 255))).notes)
+    assert "the names pass over 0, 255: 1 is sky, 2 is car" in notes
+    assert "pass over" not in " ".join(folder.look(data(root)).notes)
+    (root / "classes.txt").unlink()
     ignoring = loading.load(data(root, ignore=(0, 255)), "train", labels=True)
     assert ignoring.info.classes == ("class 1", "class 2")
 
@@ -296,6 +328,27 @@ def test_wrong_images_are_refused(tmp_path):
     (root / "images/a b.png").write_bytes(jpeg.read_bytes()[:-200])
     with pytest.raises(UnreadableError, match=r"a b\.png"):
         source[0]
+
+
+def test_images_too_large_to_decode_at_once_are_named(tmp_path, monkeypatch):
+    root = build(tmp_path, "images and labels")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9 * 13 // 3)
+    with pytest.raises(UserError, match=r"\.png is larger .*tiles") as error:
+        folder.look(data(root, classes=("0 a", "1 b", "2 c")))
+    assert not isinstance(error.value, UnreadableError)  # which training would put up with
+
+
+def test_palettes_of_masks_are_compared_in_a_new_run(tmp_path):
+    for name, palette in (("a", [9, 9, 9, 7, 0, 0]), ("b", [7, 0, 0])):
+        for kind in ("images", "labels"):
+            file = save(tmp_path / f"{kind}/{name}.png", picture(0))
+        mask = Image.fromarray(np.zeros((9, 13), np.uint8))
+        mask.putpalette(palette)
+        mask.save(file)
+    with pytest.raises(UserError, match=r"[ab]\.png and .*[ab]\.png differ"):
+        folder.look(data(tmp_path, classes=("sky", "car")))
+    notes = folder.look(data(tmp_path, classes=("sky #070000", "car #090909"))).notes
+    assert "their colors count" in " ".join(notes)
 
 
 def test_a_mask_that_ignores_an_orientation_tag_gets_a_hint(tmp_path):

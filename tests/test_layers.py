@@ -54,6 +54,7 @@ ALLOWED = {
         "config",
         "contracts",
         "data",
+        "evaluate",
         "inference",
         "metrics",
         "sharding",

@@ -236,12 +236,12 @@ def test_time_left(seconds, left):
 def test_rate_forgets_the_distant_past():
     out, clock = io.StringIO(), Clock()
     console = Console(out, clock=clock)
-    console.phase("main", 1000)
+    console.phase("main", 1000, unit="images")
     for step in range(1, 201):
         clock.now += 10.0 if step <= 100 else 1.0
         console.step(step)
     console.report(200, {"loss": 1.0})
-    assert "loss 1 1 steps/s, 13:20 left" in out.getvalue()
+    assert "loss 1 1 images/s, 13:20 left" in out.getvalue()
 
 
 def test_plain_table():

@@ -1,4 +1,6 @@
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,8 +137,8 @@ def test_one_bit_is_an_id_among_ids(tmp_path):
     [
         (np.array([[0, 3], [3, 9]], np.uint8), NAMES, {3: 2, 9: 1}, "class id 3, 9"),
         (np.array([[0, 300]], np.uint16), NAMES, {300: 1}, "class id 300"),
-        (np.array([[0, 70000]], np.int32), NAMES, {70000: 1}, "class id 70000"),
-        (np.array([[0, -1]], np.int32), NAMES, {-1: 1}, "class id -1"),
+        (np.array([[0, 70000]], np.int32), NAMES, {70000: 1}, "class id 70000. Export it"),
+        (np.array([[0, -1]], np.int32), NAMES, {-1: 1}, "class id -1. Export it"),
         (np.array([[RGB[0], [1, 2, 3]]], np.uint8), COLORED, {"#010203": 1}, "color #010203"),
         (np.full((1, 2, 3), 7, np.uint8), NAMES, {7: 2}, "class id 7"),
     ],
@@ -164,7 +166,9 @@ def test_what_keeps_no_exact_values_is_refused(tmp_path):
     torn.write_bytes(torn.read_bytes()[:45])
     with pytest.raises(UnreadableError, match=r"torn\.png"):
         read(torn, NAMES)
-    assert scan([torn]).unreadable == 1
+    with pytest.raises(UserError, match=r"None of 2 masks can be read.*torn\.png"):
+        scan([torn, torn])
+    assert scan([torn, save(tmp_path / "ids.png", IDS)]).values.keys() == {0, 1, 2, 255}
 
 
 @pytest.mark.parametrize(
@@ -174,8 +178,9 @@ def test_what_keeps_no_exact_values_is_refused(tmp_path):
         ({0, 1, 255}, [255], ["class 0", "class 1"], (0, 1)),
         ({0, 255}, [255], ["background", "foreground"], (0, 255)),
         ({0, 1, 2}, [0], ["class 1", "class 2"], (1, 2)),
-        ({0, 128, 255}, [255], ["class 0", "class 128"], (0, 128)),
+        ({0, 127, 255}, [], ["class 0", "class 127", "class 255"], (0, 127, 255)),
         ({0, 90, 200}, [255], ["class 0", "class 90", "class 200"], (0, 90, 200)),
+        (range(150), [255], [f"class {i}" for i in range(150)], tuple(range(150))),
     ],
 )
 def test_classes_are_inferred_from_values(tmp_path, values, ignore, names, kept):
@@ -190,15 +195,77 @@ def test_black_that_is_ignored_is_no_background(tmp_path):
         parse(lines, [0], "x")
 
 
-def test_a_hundred_and_fifty_classes_and_no_more_than_254(tmp_path):
-    def inferred(count):
-        lines, _ = infer(Seen(values=dict.fromkeys(range(count), tmp_path)), [255])
-        return parse(lines, [255], "x")
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (range(255), "255 values up to 254: 0, 1, 2, 3, 4, 5, 6, 7 and 247 more. .*FILE.*smoothed"),
+        ([0, 1, 2, 3, 90], "5 values up to 90: .*FILE"),
+        ([*range(9), *range(240, 256)], "smoothed"),  # a JPEG's traces
+        ([0, 127, 255], 'Is 255 a class.*: "0 NAME" and so on, and "255 NAME" or "255 ignore"'),
+    ],
+)
+def test_values_that_are_hardly_classes_are_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        infer(Seen(values=dict.fromkeys(values, Path("FILE"))), [255])
 
-    assert len(inferred(150).names) == 150
-    assert len(inferred(254).names) == 254
-    with pytest.raises(UserError, match="255 classes"):
-        inferred(255)
+
+def test_advice_for_foreign_values_works(tmp_path):
+    ids = save(tmp_path / "ids.png", np.array([[0, 9, 3]], np.uint8))
+    with pytest.raises(ForeignValuesError, match='"3 NAME"') as error:
+        read(ids, NAMES)
+    ignore = [int(i) for i in re.findall(r"ignore=([\d,]+)", str(error.value))[0].split(",")]
+    assert read(ids, parse(NAMES.lines, ignore, "x")).tolist() == [[0, 255, 255]]
+    assert read(ids, parse([*NAMES.lines, "3 x", "9 y"], [255], "x")).tolist() == [[0, 4, 3]]
+    rgb = save(tmp_path / "rgb.png", np.array([[RGB[1], [1, 2, 3]]], np.uint8))
+    with pytest.raises(ForeignValuesError) as error:
+        read(rgb, COLORED)
+    for line, label in zip(re.findall(r'"(\w+ #\w+)"', str(error.value)), (3, 255), strict=True):
+        assert read(rgb, parse([*COLORED.lines, f"9 {line}"], [255], "x")).tolist() == [[1, label]]
+
+
+R, G, B, K, W = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("palettes", "lines", "expected"),
+    [
+        ([[K, R], [G, K, R], [R]], None, [[0, 2], [1, 0, 2], [2]]),
+        ([[K, R], [G, K, R]], ["a #ff0000", "ignore #00ff00", "b #000000"], [[1, 0], [255, 1, 0]]),
+        ([[W, K], [K]], ["dark #000000", "light #ffffff"], [[1, 0], [0]]),
+        ([[K, R, G]], ["a #00ff00", "b #ff0000", "c #000000"], [[2, 1, 0]]),
+        # Values count where palettes agree, have colors that the table has not, or say nothing.
+        ([[K, R, G], [K, R]], None, [[0, 1, 2], [0, 1]]),
+        ([[K, R, G], [K, R]], ["a #0000ff", "b #ffffff", "c #010203"], [[0, 1, 2], [0, 1]]),
+        ([[K, K, K]], ["a #ff0000", "b #00ff00", "c #000000"], [[0, 1, 2]]),
+        ([[(i,) * 3 for i in range(3)]], ["a #020202", "b", "c #000000"], [[0, 1, 2]]),
+    ],
+)
+def test_palettes_that_differ_are_read_by_their_colors(tmp_path, palettes, lines, expected):
+    paths = [tmp_path / f"{i}.png" for i in range(len(palettes))]
+    for path, palette in zip(paths, palettes, strict=True):
+        ids = np.arange(len(palette), dtype=np.uint8)[None]
+        paletted(ids, palette).save(path, transparency=bytes(len(palette)))
+    table = parse(lines or infer(scan(paths), [255])[0], [255], "x")
+    by_color = any(e != [*range(len(e))] for e in expected)
+    assert bool(masks.check_palettes(paths, table)) == by_color
+    assert [read(path, table)[0].tolist() for path in paths] == expected
+    assert parse(table.lines, [255], "x") == table
+
+
+@pytest.mark.parametrize(
+    ("palettes", "lines"),
+    [
+        ([[K, R], [G, R]], ["a", "b"]),  # value 0 in two colors
+        ([[K, R], [K, G, R]], ["a #000000", "b #ff0000", "c #0000ff"]),  # and red by two values
+        ([[W, K], [K, W]], None),  # gray levels, or black and white?
+    ],
+)
+def test_palettes_that_differ_need_all_colors_in_the_table(tmp_path, palettes, lines):
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path, palette in zip(paths, palettes, strict=True):
+        paletted(np.arange(len(palette), dtype=np.uint8)[None], palette).save(path)
+    with pytest.raises(UserError, match=r'[01]\.png and .*[01]\.png differ.*"NAME #RRGGBB"'):
+        masks.check_palettes(paths, parse(lines or infer(scan(paths), [255])[0], [255], "x"))
 
 
 def test_classes_are_inferred_from_palettes_and_colors(tmp_path):
@@ -217,7 +284,8 @@ def test_what_cannot_be_inferred_is_refused_with_the_reason(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     ids, color = save(tmp_path / "ids.png", IDS), save(tmp_path / "rgb.png", RGB[IDS % 3])
     for paths, words in (
-        ([save(tmp_path / "n.png", noise)], "more than 64 colors"),
+        ([save(tmp_path / "n.png", noise)], "n.png holds more than 64 colors"),
+        ([save(tmp_path / "s.png", noise[..., 0])], r"s.png holds \d+ values, .*smoothed"),
         ([ids, color], "ids.png, some hold colors, such as .*rgb.png"),
         ([save(tmp_path / "i.png", np.array([[0, 26001]], np.uint16))], "i.png holds the value 26"),
         ([save(tmp_path / "0.png", 0 * IDS)], "no two classes"),

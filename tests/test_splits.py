@@ -29,7 +29,39 @@ def sha(ids):
 def test_forms_of_list_files(tmp_path, text):
     path = tmp_path / "labeled.txt"
     path.write_text(text.format("city_000001_000019", "2007_000032"), encoding="utf-8", newline="")
-    assert splits.read_list(path) == ("2007_000032", "city_000001_000019")
+    known = ["2007_000032", "city_000001_000019", "city"]
+    assert splits.read_list(path, known) == ("2007_000032", "city_000001_000019")
+
+
+@pytest.mark.parametrize(
+    ("line", "image_id"),
+    [
+        ("in/c", "in/c"),
+        ("in/c.png", "in/c"),
+        ("data/images/in/c.PNG labels/in/d.png", "in/c"),
+        ("a b", "a b"),
+        ("images/a b.jpg", "a b"),
+        ("x/a b.jpg, y/d m.png", "a b"),
+        ("unlabeled/d.png", "unlabeled/d"),
+        ("images/d.png", "d"),
+        ("v1.2", "v1.2"),
+        ("frames/v1.2.png", "v1.2"),
+        ("a,d.png", "a"),
+    ],
+)
+def test_a_line_of_a_list_names_the_longest_id_that_it_ends_with(tmp_path, line, image_id):
+    path = tmp_path / "labeled.txt"
+    path.write_text(line)
+    assert splits.read_list(path, ["a", "a b", "d", "in/c", "c", "unlabeled/d", "v1.2", "v1"]) == (
+        image_id,
+    )
+
+
+def test_unknown_images_of_a_list_are_shown_beside_known_ones(tmp_path):
+    path = tmp_path / "labeled.txt"
+    path.write_text("x/gone.png y/c.png\nin/c.png")
+    with pytest.raises(UserError, match=r"labeled\.txt: 1 of 2 .* such as gone\. .* a, c, in/c\."):
+        splits.read_list(path, ["in/c", "c", "a"])
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\x89PNG\xff"])
@@ -37,9 +69,9 @@ def test_useless_list_is_refused(tmp_path, content):
     path = tmp_path / "labeled.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"labeled\.txt"):
-        splits.read_list(path)
+        splits.read_list(path, ["a"])
     with pytest.raises(UserError, match=r"absent\.txt"):
-        splits.read_list(tmp_path / "absent.txt")
+        splits.read_list(tmp_path / "absent.txt", ["a"])
 
 
 def test_fingerprint():

@@ -178,11 +178,22 @@ def test_a_run_without_a_checkpoint_or_evaluation_says_so(workdir, tmp_path):
     assert run.step("last") == 1
 
 
-def test_classes_are_written_and_other_ones_refused(tmp_path):
+def test_classes_are_written_and_in_a_run_that_has_begun_other_ones_refused(tmp_path):
     write_classes(tmp_path, INFO)
     assert json.loads((tmp_path / "classes.json").read_text()) == CLASSES
     assert read_classes(tmp_path) == INFO
     other = DataInfo(INFO.classes[::-1], INFO.palette)
-    split = Split(("1",), ("2",), "drawn")
+    split, config = Split(("1",), ("2",), "drawn"), configs.default()
+
+    def begin(info, **changes):
+        config.update(changes)
+        phases.open_workdir(tmp_path, config, split, info, main_process=True)
+
+    begin(other, seed=1)  # as long as nothing came of the first start
+    assert read_classes(tmp_path) == other
+    (tmp_path / "metrics.jsonl").touch()
+    begin(other, seed=1)
     with pytest.raises(UserError, match="classes differ"):
-        phases.open_workdir(tmp_path, configs.default(), split, other, main_process=True)
+        begin(INFO, seed=1)
+    with pytest.raises(UserError, match="seed: 1 -> 2"):
+        begin(other, seed=2)

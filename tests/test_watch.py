@@ -16,7 +16,9 @@ from jaxssl import config as configs
 from jaxssl import methods, models, phases, sharding, watch
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import DataInfo, UnreadableError, UserError
+from jaxssl.evaluate import Evaluation, Evaluator
 from jaxssl.methods import mkd, supervised
+from jaxssl.signals import StopSignal
 
 SUPERVISED = Path(__file__).parent.parent / "configs" / "supervised_cityscapes.py"
 CLASSES = ("road", "car", "sky", "train")
@@ -125,11 +127,12 @@ class Images:
         return {"image": image, "label": label, "id": self.ids[index]}
 
 
-def small_config(images):
+def make_watcher(method, nets, sources, images, say=None):
     config = configs.default()
     config.crop = (16, 24)
     config.eval.watch = images
-    return config
+    evaluator = Evaluator(nets, sources["val"], sharding.make_mesh(), config, say=say)
+    return watch.Watcher(method, evaluator, sources, config)
 
 
 def test_watcher_equals_numpy(nets):
@@ -139,8 +142,9 @@ def test_watcher_equals_numpy(nets):
     for i, name in enumerate(("teacher_a", "teacher_b")):
         state = state.with_network(name, Linear().init(jax.random.key(7 + i), (16, 24)))
     sources = {"val": Images(20), "labeled": Images(5, damaged=(1,))}
-    watcher = watch.Watcher(method, nets, sources, sharding.make_mesh(), small_config(9))
-    found = watcher(state, 0.5)
+    said = []
+    found = make_watcher(method, nets, sources, 9, say=said.append)(state, 0.5)
+    assert ["2 image sizes, 2 compilations" in line for line in said] == [True]
 
     counts, distances, pixels = np.zeros((5, 5), np.int64), np.zeros(3), 0
     for i in (0, 2, 4, 6, 8, 11, 13, 15, 17):
@@ -171,15 +175,14 @@ def test_watcher_equals_numpy(nets):
 def test_nothing_to_look_at(nets, method, images):
     nets = {name: nets[name] for name in method.students}
     sources = {"val": Images(4), "labeled": Images(4)}
-    watcher = watch.Watcher(method, nets, sources, sharding.make_mesh(), small_config(images))
+    watcher = make_watcher(method, nets, sources, images)
     assert watcher(make_state(method, nets), 0.0) is None
 
 
 def test_students_are_coupled_where_there_are_no_teachers(nets):
     method = mkd.Method(teacher="none", feature_augmentation=False)
     sources = {"val": Images(3), "labeled": Images(3)}
-    watcher = watch.Watcher(method, nets, sources, sharding.make_mesh(), small_config(8))
-    found = watcher(make_state(method, nets), 0.0)
+    found = make_watcher(method, nets, sources, 8)(make_state(method, nets), 0.0)
     assert list(found.distances) == ["coupling"]
     assert found.images == 3
     assert found.pseudo.kept == 1
@@ -224,7 +227,7 @@ class Poisoned(supervised.Method):
     """Its loss is nan in some steps, counted from 1."""
 
     bad: tuple[int, int] = (0, 0)
-    traces: list = dataclasses.field(default_factory=list)
+    traces: list = dataclasses.field(default_factory=list, compare=False)
 
     def loss(self, nets, params, state, *args, **kwargs):
         self.traces.append(1)
@@ -238,7 +241,7 @@ class Poisoned(supervised.Method):
 def train(monkeypatch, tmp_path):
     """Runs ten steps of a tiny network that are not finite in some of them."""
 
-    def run(bad, **overrides):
+    def run(bad, *, code=0, **overrides):
         method = Poisoned(bad=bad)
         monkeypatch.setattr(methods, "load", lambda config: method)
         monkeypatch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
@@ -247,9 +250,9 @@ def train(monkeypatch, tmp_path):
         config.batch.labeled = 8
         config.update(crop=(16, 32), steps=10, warmup=0)
         config.checkpoint.every, config.eval.every, config.log.every = 2, 5, 5
-        config.update(overrides)
-        assert phases.run(config, tmp_path) == 0
-        assert len(method.traces) == 1
+        config.update_from_flattened_dict(overrides)
+        assert phases.run(config, tmp_path) == code
+        assert len(method.traces) <= 1  # none where nothing is left to do
         return config
 
     return run
@@ -280,6 +283,30 @@ def test_a_run_goes_on_after_a_few_bad_steps(train, tmp_path, capsys):
     assert 10 in checkpoint_steps(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped"] for line in lines if "train/loss" in line] == [0.4, 0.2]
+
+
+def test_a_stop_waits_for_a_finite_step_and_another_mode_has_a_best_of_its_own(
+    train, tmp_path, capsys, monkeypatch
+):
+    def stop_at_6(self, step):
+        self.received = 15 if step >= 6 else None
+        return step >= 6
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "should_stop", stop_at_6)
+        # Step 5 is the best; 6 and 7 are skipped.
+        patch.setattr(Evaluation, "miou", 0.5)
+        train((6, 7), code=128 + 15)
+    assert checkpoint_steps(tmp_path) == (5, 8)
+    monkeypatch.setattr(Evaluation, "miou", 0.25)
+    train((0, 0), **{"eval.mode": "slide"})
+    assert checkpoint_steps(tmp_path) == (10,)
+    printed = capsys.readouterr().out
+    assert "goes on from step 8" in printed
+    mode = "slide 16x32 stride 11x22, padded to multiples of 32"
+    assert f"{mode}: mIoU 25.00 at the end, 25.00 at its best (step 10)" in printed
+    train((0, 0), **{"eval.mode": "whole"})  # which has nothing left to do
+    assert f"{mode}: mIoU 25.00 at the end" in capsys.readouterr().out
 
 
 def test_a_run_says_its_size_and_where_its_time_went(train, tmp_path, capsys):

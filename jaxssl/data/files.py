@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from jaxssl.contracts import UnreadableError
+from jaxssl.contracts import UnreadableError, UserError
 
 
 def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
@@ -19,12 +21,26 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
 
     Raises:
       UnreadableError: the file is missing, truncated, or not an image.
+      UserError: it is larger than Pillow decodes, 179 megapixels.
     """
+    with opened(path, content) as image:
+        image.load()
+        return image
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """As `open_image`, but nothing is decoded unless the block does."""
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"The file {path} is larger than images that are decoded at once, "
+            f"{round(2e-6 * (Image.MAX_IMAGE_PIXELS or 0))} megapixels. Cut it into tiles, of "
+            "2048x2048 pixels say, and a mask of it likewise."
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UnreadableError(
             f"The file {path} cannot be read as an image: {error}. Unpack or copy it again; if "
             "other programs show it, convert it to 8-bit RGB."

@@ -7,21 +7,22 @@ import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from jaxssl.contracts import Record, UserError
+from jaxssl.contracts import Record, UnreadableError, UserError
 from jaxssl.data import layouts, masks, splits
-from jaxssl.data.files import open_image
+from jaxssl.data.files import open_image, opened
 from jaxssl.data.layouts import Files, Tree
 from jaxssl.data.masks import ClassTable
 
 CLASSES_FILE = "classes.txt"
 SAMPLE = 200
-"""Images whose size is looked at."""
+"""Images whose size is looked at, and masks whose palette is."""
 
+_T = TypeVar("_T")
 _ANNOUNCED = 300  # so many masks take a second or more
 
 _TURNS = {
@@ -142,6 +143,7 @@ def look(config_data: Mapping[str, Any]) -> Facts:
     sizes = tuple(size for path in paths if (size := _size(tree.root / path)))
     if not sizes:
         raise UserError(f"None of {len(paths)} images in {tree.root} can be read. Copy them again.")
+    notes += masks.check_palettes(_some(_mask_paths(config_data, tree)), table)
     return Facts(
         labeled=len(split.labeled),
         unlabeled=len(split.unlabeled),
@@ -152,7 +154,7 @@ def look(config_data: Mapping[str, Any]) -> Facts:
 
 
 def class_table(config_data: Mapping[str, Any], tree: Tree) -> tuple[ClassTable, tuple[str, ...]]:
-    """The class table of a folder, and what to tell people about it.
+    """The class table of a folder, and sentences about it for people.
 
     Masks are looked at where nothing else says what the classes are; only those of labeled and of
     validation images.
@@ -170,6 +172,11 @@ def class_table(config_data: Mapping[str, Any], tree: Tree) -> tuple[ClassTable,
     if table.values == (0, 1) and masks.is_binary(_seen(config_data, tree), ignore):
         note = f"the masks hold 0 and 255 alone: 255 is {table.names[1]}"
         return dataclasses.replace(table, values=(0, 255)), (note,)
+    if masks.parse(lines, (), where).values != table.values:
+        named = zip(table.values[:8], table.names, strict=False)
+        shown = ", ".join(f"{value} is {name}" for value, name in named)
+        ignored = ", ".join(map(str, ignore))
+        return table, (f"{where} gives no values, and the names pass over {ignored}: {shown}",)
     return table, ()
 
 
@@ -227,9 +234,13 @@ def _split(config_data: Mapping[str, Any], tree: Tree) -> splits.Split:
     return splits.choose(config_data, list(tree.labels), extra)
 
 
-def _seen(config_data: Mapping[str, Any], tree: Tree) -> masks.Seen:
+def _mask_paths(config_data: Mapping[str, Any], tree: Tree) -> list[Path]:
     paths = [tree.labels[image_id] for image_id in _split(config_data, tree).labeled]
-    return _scan(tuple(_stamp(tree.root / p) for p in (*paths, *tree.val_labels.values())))
+    return [tree.root / path for path in (*paths, *tree.val_labels.values())]
+
+
+def _seen(config_data: Mapping[str, Any], tree: Tree) -> masks.Seen:
+    return _scan(tuple(_stamp(path) for path in _mask_paths(config_data, tree)))
 
 
 def _stamp(path: Path) -> tuple[Path, int, int]:
@@ -253,17 +264,17 @@ def _scan(stamped: tuple[tuple[Path, int, int], ...]) -> masks.Seen:
     return masks.scan([path for path, _, _ in stamped])
 
 
-def _some(paths: Sequence[str]) -> Sequence[str]:
+def _some(paths: Sequence[_T]) -> Sequence[_T]:
     return paths[:: max(1, -(-len(paths) // SAMPLE))]
 
 
 def _size(path: Path) -> tuple[int, int] | None:
     """Height and width as `read_image` gives them, from the first bytes; None if unreadable."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             width, height = image.size if _orientation(image) <= 4 else image.size[::-1]
             return height, width
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+    except UnreadableError:
         return None
 
 
@@ -274,7 +285,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _sizes_differ(path: Path, image: np.ndarray, label_path: Path, label: np.ndarray) -> UserError:
     hint = ""
-    with Image.open(path) as stored:
+    with opened(path) as stored:
         if label.shape == image.shape[1::-1] and _orientation(stored) > 4:
             hint = " The image has an orientation tag that the mask does not follow: turn one."
     return UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
@@ -48,10 +48,12 @@ HELP = """A folder may hold
     images/train/, images/val/, labels/train/, labels/val/), and unlabeled/ with more images; or
   train/ and trainannot/, val/ and valannot/, and unlabeled/; or
   train.txt, val.txt and unlabeled.txt with a line "IMAGE MASK" or "IMAGE" for each, paths in the
-    folder."""
+    folder; or with names of files in images/ and labels/, a line each."""
 
 Files: TypeAlias = dict[str, str]
 """Id -> path in the root."""
+
+_Entry: TypeAlias = tuple[str, str, str | None]  # id, image, mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +83,12 @@ def find(root: str | Path) -> Tree:
     """Finds the files of a data set.
 
     An id is an image's path in its folder, without suffix; behind "unlabeled/" or "val/" for images
-    there; with list files, the path in the root. Where nothing is there for validation, a tenth of
-    the labeled images is held out, always the same.
+    there; with list files of paths, the path in the root. Where nothing is there for validation, a
+    tenth of the labeled images is held out, always the same.
 
     Raises:
       UserError: there is no such folder or no layout is recognized; a mask has no image, or two
-        files have one id; nothing is labeled.
+        files have one id, or one that is not UTF-8; nothing is labeled.
     """
     if not str(root):
         raise UserError(f"Where are the images? Add --config.data.root=DIR.\n{HELP}")
@@ -181,55 +183,78 @@ def _lists(root: Path) -> Tree | None:
     """`train.txt` and its like, with a line for each image."""
     if not (root / "train.txt").is_file():
         return None
-    images, labels = _read_list(root, "train.txt")
+    named = _named(root, "train.txt")
+    images, labels = _read_list(root, "train.txt", named)
     layout = "the list train.txt"
     if (root / f"{UNLABELED}.txt").is_file():
-        more, _ = _read_list(root, f"{UNLABELED}.txt")
+        more, _ = _read_list(root, f"{UNLABELED}.txt", named)
         images, layout = images | more, f"{layout}, unlabeled images in {UNLABELED}.txt"
     tree = Tree(root, layout, images, labels, {}, {})
     val = next((f"{name}.txt" for name in VAL_NAMES if (root / f"{name}.txt").is_file()), None)
-    return tree if val is None else _with_val(tree, *_read_list(root, val), val)
+    return tree if val is None else _with_val(tree, *_read_list(root, val, named), val)
 
 
-def _read_list(root: Path, name: str) -> tuple[Files, Files]:
+def _lines(path: Path) -> dict[int, str]:
+    """The lines of a text by their number, without the empty ones."""
     try:
-        lines = (root / name).read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The list {root / name} cannot be read as text: {error}.") from error
+        raise UserError(f"The list {path} cannot be read as text: {error}.") from error
+    return {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+
+
+def _named(root: Path, name: str) -> dict[str, _Entry]:
+    """What names in `images/` mean, with and without suffix, if a list begins with one."""
+    pair, first = _pair(root, ""), next(iter(_lines(root / name).values()), "")
+    if pair is None or (root / first).is_file():
+        return {}
+
+    def names(files: Files) -> dict[str, str]:
+        paths = {str(PurePosixPath(path).relative_to(pair[0])): i for i, path in files.items()}
+        return paths | {i: i for i in files}
+
+    if first not in names(_list_files(root, pair[0])):
+        return {}
+    images, labels = _match(root, *pair)
+    return {name: (i, images[i], labels.get(i)) for name, i in names(images).items()}
+
+
+def _read_list(root: Path, name: str, named: Mapping[str, _Entry]) -> tuple[Files, Files]:
     images: Files = {}
     labels: Files = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        image, label = _split_line(root, line.strip(), f"{root / name}, line {number}")
-        _add(images, str(PurePosixPath(image).with_suffix("")), image)
+    for number, line in _lines(root / name).items():
+        where = f"{root / name}, line {number}"
+        image_id, image, label = named.get(line) or _split_line(root, line, where)
+        _add(images, image_id, image)
         if label:
-            labels[str(PurePosixPath(image).with_suffix(""))] = label
+            labels[image_id] = label
     if not images:
         raise UserError(f"The list {root / name} names no image. Delete it, or add lines.")
     return dict(sorted(images.items())), dict(sorted(labels.items()))
 
 
-def _split_line(root: Path, line: str, where: str) -> tuple[str, str | None]:
+def _split_line(root: Path, line: str, where: str) -> _Entry:
     """Image and mask of a line; names may hold spaces, so the files decide where it is split."""
     if (root / line).is_file():
-        return _relative(line, where), None
+        return _entry(line, None, where)
     places = [i for i, character in enumerate(line) if character in " \t,"]
     for i in places:
         image, label = line[:i].strip(), line[i + 1 :].strip()
         if image and label and (root / image).is_file() and (root / label).is_file():
-            return _relative(image, where), _relative(label, where)
+            return _entry(image, label, where)
     missing = next((w for w in line.split() if not (root / w).is_file()), line)
     raise UserError(
         f'{where}: there is no file {missing!r} in {root}. A line is "IMAGE MASK" or "IMAGE", as '
-        "paths in that folder."
+        "paths in that folder; or, in all lines, the name of a file in images/ and labels/."
     )
 
 
-def _relative(path: str, where: str) -> str:
-    if PurePosixPath(path).is_absolute():
-        raise UserError(f"{where}: {path} is absolute. Give paths in the folder of the list.")
-    return PurePosixPath(path).as_posix()
+def _entry(image: str, label: str | None, where: str) -> _Entry:
+    for path in (image, label or ""):
+        if PurePosixPath(path).is_absolute():
+            raise UserError(f"{where}: {path} is absolute. Give paths in the folder of the list.")
+    path = PurePosixPath(image)
+    return str(path.with_suffix("")), str(path), label and str(PurePosixPath(label))
 
 
 def _match(root: Path, image_folder: str, label_folder: str) -> tuple[Files, Files]:
@@ -274,6 +299,12 @@ def _list_files(root: Path, folder: str) -> Files:
 
 
 def _add(files: Files, key: str, path: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError:  # as Python reads names of another encoding
+        raise UserError(
+            f"The name of the file {os.fsencode(path)} is not UTF-8. Rename it, in ASCII say."
+        ) from None
     if key in files:
         raise UserError(
             f"{files[key]} and {path} have the same name. Rename one, or move it away: a name "

@@ -4,18 +4,19 @@ says what they mean.
 A class table is text, a class a line: `[VALUE] NAME [COLOR]`, such as `road`, `7 road`,
 `road 128 64 128` or `7 road #804080`; spaces, commas or colons separate. VALUE is what the masks
 hold; without it, the lines are the values 0, 1, 2, ... that `data.ignore` leaves. COLOR is shown in
-pictures, and is what masks in RGB hold. A line with the name `ignore` is no class: its value and
-color count nowhere. Empty lines, and lines that begin with `#`, say nothing.
+pictures, and is what masks in RGB hold, and masks whose palette gives it to the value of another
+class: some programs make a palette for each mask anew. A line with the name `ignore` is no class:
+its value and color count nowhere. Empty lines, and lines that begin with `#`, say nothing.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,19 @@ MOST_CLASSES = 254
 """Labels are bytes: 255 is the pixel to ignore, and 254 is kept for values that are no class."""
 
 MOST_COLORS = 64
-"""More colors than this are not taken for classes: they are smoothed edges, or a photograph."""
+"""More colors, or values in one mask, are not taken for classes: they are smoothed edges, or a
+photograph.
+"""
+
+MOST_IDS = 200
+"""More ids are not taken for classes: black and white that was smoothed holds them all."""
 
 MOST_VALUE = 65535
 """The highest value that a mask of 16 bits holds."""
 
 _FOREIGN = 254
 _RGB = tuple[int, int, int]
+_Palettes = Mapping[tuple[int, _RGB], Path]
 _LINE = re.compile(
     r"(?:(?P<value>\d+)[\s,:]+)?(?P<name>.*?\S)"
     r"(?:[\s,:]+(?:#(?P<hex>[0-9a-fA-F]{6})|(?P<r>\d+)[\s,]+(?P<g>\d+)[\s,]+(?P<b>\d+)))?"
@@ -105,19 +112,23 @@ class ClassTable:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What some masks hold.
+    """What some masks hold, and the first file that holds each.
 
     Attributes:
-      values: of masks with one channel, and the first file that holds each.
-      colors: of masks with three, likewise.
-      palette: color of a value, from palette PNGs.
-      unreadable: how many masks cannot be read; the others were looked at.
+      values: of masks with one channel, where no palette gives them a color of their own.
+      colors: of masks with three.
+      palettes: (value, color), of masks whose palette does.
     """
 
     values: Mapping[int, Path] = dataclasses.field(default_factory=dict)
     colors: Mapping[_RGB, Path] = dataclasses.field(default_factory=dict)
-    palette: Mapping[int, _RGB] = dataclasses.field(default_factory=dict)
-    unreadable: int = 0
+    palettes: _Palettes = dataclasses.field(default_factory=dict)
+
+    @property
+    def ids(self) -> dict[int, Path]:
+        """All values, where palettes are for show and all colors are gray."""
+        shown = {value: path for (value, _), path in self.palettes.items()}
+        return {red: path for (red, _, _), path in self.colors.items()} | shown | {**self.values}
 
 
 def default_palette(count: int) -> tuple[_RGB, ...]:
@@ -176,60 +187,72 @@ def infer(seen: Seen, ignore: Sequence[int]) -> tuple[list[str], str]:
 
     Values 0 and 255 alone are background and foreground. Other values are ids: each from 0 to the
     highest is a class, or, where those seen lie far apart like gray levels, only those seen.
-    Colors are classes in their order, black first.
+    Colors are classes in their order, black first; also those of palettes that differ.
 
     Returns:
       The lines of the table, and a sentence that says what was found.
 
     Raises:
-      UserError: the masks mix ids and colors, have too many of them, or tell no two classes apart.
+      UserError: the masks mix ids and colors, have too many of them, or tell no two classes apart;
+        or the highest of some gray levels is one to ignore, and may be a class.
     """
-    if not _gray(seen.colors):
+    if not _gray(seen.colors) or _differing(seen.palettes):
         return _infer_colors(seen)
-    values = {**seen.values, **{r: path for (r, _, _), path in seen.colors.items()}}
     if is_binary(seen, ignore):
         lines = ["0 background #000000", "255 foreground #ffffff"]
         return lines, "the masks hold 0 and 255 alone: 0 is background, 255 foreground"
-    found = sorted(values.keys() - set(ignore))
-    if not found or found == [0]:
-        raise UserError(
-            f"The masks hold {_listed(sorted(values)) or 'nothing'}, which makes no two classes. "
-            "Check that they are masks, and --config.data.ignore."
-        )
-    if found[-1] > 255:
-        raise UserError(
-            f"The mask {values[found[-1]]} holds the value {found[-1]}. Ids of classes are 0 to "
-            f"{MOST_CLASSES - 1}. If these are instances, export masks of classes; if they are "
-            "classes, write classes.txt with a line for each: 1000 road."
-        )
-    apart = found[-1] >= 8 * len(found)
+    found = sorted(seen.ids.keys() - set(ignore))
+    _refuse_ids(found, seen.ids)
+    apart = _far_apart(found)
     kept = found if apart else [i for i in range(found[-1] + 1) if i not in ignore]
-    colors = _shown(seen.palette, kept)
-    lines = [f"{i} class {i} {_hex(color)}" for i, color in zip(kept, colors, strict=True)]
+    colors = {} if _gray(color for _, color in seen.palettes) else dict(seen.palettes.keys())
+    lines = [f"{i} class {i} {_hex(colors[i]) if i in colors else ''}".strip() for i in kept]
     if apart:
-        return lines, f"the masks hold the values {_listed(found)} alone: each is a class"
+        return lines, f"the values in the masks are the classes: {_listed(found)}"
     return lines, f"the masks hold ids up to {found[-1]}: the classes are {kept[0]} to {kept[-1]}"
 
 
 def is_binary(seen: Seen, ignore: Sequence[int]) -> bool:
     """Whether masks are black and white: they hold the values 0 and 255 and no other."""
-    values = seen.values.keys() | {r for r, _, _ in seen.colors}
-    return values == {0, 255} and _gray(seen.colors) and 0 not in ignore
+    return seen.ids.keys() == {0, 255} and _gray(seen.colors) and 0 not in ignore
+
+
+def check_palettes(paths: Sequence[Path], table: ClassTable) -> tuple[str, ...]:
+    """Makes sure that palettes of masks say the same of a value, or the table knows their colors.
+
+    Args:
+      paths: of masks; those without a palette, and those that cannot be read, do not count.
+      table: of classes.
+
+    Returns:
+      A sentence for people where colors decide, as `read` says; else none.
+
+    Raises:
+      UserError: palettes differ, and some of their colors are not in the table.
+    """
+    palettes: dict[tuple[int, _RGB], Path] = {}
+    with ThreadPoolExecutor() as pool:
+        for path, palette in zip(paths, pool.map(_palette_of, paths), strict=True):
+            palettes = dict.fromkeys(palette.items(), path) | palettes
+    _refuse_differing(palettes, table.labels_of_colors().keys())
+    if _shows_other_classes(palettes, table):
+        return ("palettes of masks number the classes in their own ways: their colors count",)
+    return ()
 
 
 def read(path: Path, table: ClassTable) -> np.ndarray:
     """Reads a mask as labels, uint8 `[h,w]`, 255 = ignore.
 
-    Masks with one channel (8 or 16 bits, palette, or one bit) hold values. Masks in RGB hold
-    colors, or, where all of them are gray and not all colors of the table, values. Transparency is
-    dropped.
+    Masks with one channel (8 or 16 bits, palette, or one bit) hold values; where a palette gives a
+    value the color of another class, its colors count. Masks in RGB hold colors, or, where all of
+    them are gray and not all colors of the table, values. Transparency is dropped.
 
     Raises:
       ForeignValuesError: a value is no class.
       UnreadableError: the file cannot be read.
       UserError: the format keeps no exact values.
     """
-    pixels = _pixels(path, white=255 if 255 in table.values else 1)
+    pixels = _pixels(path, table)
     if pixels.ndim == 3:
         gray = (pixels == pixels[..., :1]).all()
         labels = _from_colors(pixels, table)
@@ -242,62 +265,112 @@ def read(path: Path, table: ClassTable) -> np.ndarray:
     return labels
 
 
-def scan(paths: Iterable[Path], progress: Callable[[int], None] | None = None) -> Seen:
-    """Looks at masks, several at a time.
-
-    Args:
-      paths: of the masks.
-      progress: called with the number of masks looked at.
+def scan(paths: Sequence[Path]) -> Seen:
+    """Looks at masks, several at a time. Those that cannot be read are left out.
 
     Raises:
-      UserError: a mask has a format that keeps no exact values, or far too many colors.
+      UserError: a mask has a format that keeps no exact values, or far too many values or colors;
+        or none can be read.
     """
-    values, colors, palette, unreadable = {}, {}, {}, 0
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor())
-        stack.callback(pool.shutdown, cancel_futures=True)  # after an error, the rest may rest
-        for done, seen in enumerate(pool.map(_look, paths), 1):
+    values, colors, palettes, unreadable = {}, {}, {}, []
+    with ThreadPoolExecutor() as pool:
+        for seen in pool.map(_look, paths):
+            if isinstance(seen, UnreadableError):
+                unreadable.append(seen)
+                continue
             values = {**seen.values, **values}
             colors = {**seen.colors, **colors}
-            palette = {**seen.palette, **palette}
-            unreadable += seen.unreadable
-            if progress is not None:
-                progress(done)
-    return Seen(values, colors, palette, unreadable)
+            palettes = {**seen.palettes, **palettes}
+    if unreadable and len(unreadable) == len(paths):
+        raise UserError(f"None of {len(paths)} masks can be read. {unreadable[0]}")
+    return Seen(values, colors, palettes)
 
 
 def _infer_colors(seen: Seen) -> tuple[list[str], str]:
+    colors = {color: path for (_, color), path in seen.palettes.items()} | {**seen.colors}
     if seen.values:
-        gray, color = next(iter(seen.values.values())), next(iter(seen.colors.values()))
+        gray, color = next(iter(seen.values.values())), next(iter(colors.values()))
         raise UserError(
             f"Some masks hold ids in one channel, such as {gray}, some hold colors, such as "
             f"{color}. Write classes.txt, with a value and a color in each line: 7 road 128 64 128."
         )
-    if len(seen.colors) > MOST_COLORS:
-        raise UserError(_too_many_colors("The masks hold"))
-    colors = [_hex(color) for color in sorted(seen.colors)]
-    lines = [f"{i} color {color[1:]} {color}" for i, color in enumerate(colors)]
-    return lines, f"the {len(colors)} colors in the masks are the classes"
+    if _gray(colors):  # ids or colors? Some programs store gray levels in palettes to save space
+        _refuse_differing(seen.palettes, ())
+    if len(colors) > MOST_COLORS:
+        raise UserError(_too_many(f"The masks hold {len(colors)} colors", "road 128 64 128"))
+    names = [_hex(color) for color in sorted(colors)]
+    lines = [f"{i} color {name[1:]} {name}" for i, name in enumerate(names)]
+    return lines, f"the {len(names)} colors in the masks are the classes"
 
 
-def _too_many_colors(what: str) -> str:
+def _far_apart(values: Sequence[int]) -> bool:
+    gaps = (high - low for low, high in itertools.pairwise(values))
+    return values[-1] >= 8 * len(values) and min(gaps, default=8) >= 8
+
+
+def _refuse_ids(found: Sequence[int], files: Mapping[int, Path]) -> None:
+    """Refuses values of masks if what is left of them, less those to ignore, cannot be classes."""
+    if not found or found == [0]:
+        raise UserError(
+            f"The masks hold {_listed(sorted(files)) or 'nothing'}, which makes no two classes. "
+            "Check that they are masks, and --config.data.ignore."
+        )
+    if found[-1] > 255:
+        raise UserError(
+            f"The mask {files[found[-1]]} holds the value {found[-1]}. Ids of classes are 0 to "
+            f"{MOST_CLASSES - 1}. If these are instances, export masks of classes; if they are "
+            "classes, write classes.txt with a line for each: 1000 road."
+        )
+    last, apart = max(files), _far_apart(found)
+    if apart and last != found[-1]:
+        raise UserError(
+            f"The masks hold the values {_listed(sorted(files))}. Is {last} a class, or to be "
+            f'ignored, as data.ignore says? Write classes.txt with a line for each: "{found[0]} '
+            f'NAME" and so on, and "{last} NAME" or "{last} ignore".'
+        )
+    if not apart and found[-1] >= MOST_COLORS and not found[-1] / 2 < len(found) <= MOST_IDS:
+        what = f"The masks hold {len(found)} values up to {found[-1]}: {_listed(found)}"
+        raise UserError(_too_many(f"{what}. The last is in {files[found[-1]]}", "7 road"))
+
+
+def _too_many(what: str, line: str) -> str:
     return (
-        f"{what} more than {MOST_COLORS} colors. If masks were smoothed, scaled or compressed, "
-        "export them anew as PNG, without that. If the colors are classes, write classes.txt "
-        "with a line for each: road 128 64 128."
+        f"{what}. If masks were smoothed, scaled or compressed, export them anew as PNG, without "
+        f"that. If these are classes, write classes.txt with a line for each: {line}."
     )
+
+
+def _differing(palettes: _Palettes) -> tuple[Path, Path] | None:
+    """Two masks whose palettes give one value two colors, or one color two values."""
+    first: dict[int | _RGB, tuple[tuple[int, _RGB], Path]] = {}
+    for entry, path in palettes.items():
+        for part in entry:
+            other, other_path = first.setdefault(part, (entry, path))
+            if other != entry:
+                return other_path, path
+    return None
+
+
+def _refuse_differing(palettes: _Palettes, known: Collection[_RGB]) -> None:
+    """Refuses palettes that differ unless all of their colors are known."""
+    two = _differing(palettes)
+    if two and (unknown := sorted({color for _, color in palettes} - set(known))):
+        raise UserError(
+            f"The palettes of the masks {two[0]} and {two[1]} differ, so that one value stands for "
+            "two things. Their colors can tell: write the color of each class behind its name in "
+            f'classes.txt, "NAME #RRGGBB", and "ignore #RRGGBB" for others. Missing are '
+            f"{_listed([_hex(color) for color in unknown])}."
+        )
+
+
+def _shows_other_classes(entries: Iterable[tuple[int, _RGB]], table: ClassTable) -> bool:
+    """Whether one of (value, color) has the color of another class."""
+    values, colors = table.labels_of_values(), table.labels_of_colors()
+    return any(c in colors and values.get(value) != colors[c] for value, c in entries)
 
 
 def _gray(colors: Iterable[_RGB]) -> bool:
     return all(r == g == b for r, g, b in colors)
-
-
-def _shown(palette: Mapping[int, _RGB], values: Sequence[int]) -> Sequence[_RGB]:
-    """Colors for values: the masks' own palette, unless it is gray as that of plain ids."""
-    default = default_palette(len(values))
-    if _gray(palette.values()):
-        return default
-    return [palette.get(value, other) for value, other in zip(values, default, strict=True)]
 
 
 def _hex(color: _RGB) -> str:
@@ -328,13 +401,16 @@ def _parse_line(line: str, where: str) -> tuple[int | None, str, _RGB | None]:
     return (None if value is None else int(value)), name, rgb  # pyright: ignore[reportReturnType]
 
 
-def _pixels(path: Path, white: int) -> np.ndarray:
-    """Values `[h,w]` or colors `[h,w,3]`; `white` is what a set bit of a one-bit mask becomes."""
+def _pixels(path: Path, table: ClassTable) -> np.ndarray:
+    """Values `[h,w]` or colors `[h,w,3]`."""
     image = _open(path)
     if image.mode == "1":
+        white = 255 if 255 in table.values else 1
         return np.asarray(image).astype(np.uint8) * np.uint8(white)
     if image.mode in ("LA", "PA", "La"):
         return np.asarray(image)[..., 0]
+    if image.mode == "P" and _shows_other_classes(_palette(image).items(), table):
+        image = image.convert("RGBA")  # not RGB: Pillow warns of a palette's transparency
     if image.mode == "RGBA":
         return np.asarray(image)[..., :3]
     return np.asarray(image)
@@ -390,25 +466,33 @@ def _pack(colors: np.ndarray) -> np.ndarray:
 def _foreign(path: Path, pixels: np.ndarray, table: ClassTable) -> ForeignValuesError:
     """What to say of values `[n]`, or colors `[n,3]`, that are no class."""
     values, numbers = np.unique(pixels if pixels.ndim == 1 else _pack(pixels), return_counts=True)
+    names: list[Any] = values.tolist()
     if pixels.ndim == 1:
-        what, names = "class id", [int(value) for value in values]
-        known = f"The classes are {_listed(table.values)}"
+        ignored = ",".join(map(str, (*table.ignore, *names[:8])))
+        text = (
+            f"class id {_listed(names)}. The classes are {_listed(table.values)}; "
+            f"{_listed(table.ignore)} is ignored. Write a line for each into classes.txt: "
+            f'"{names[0]} NAME", where each line begins with its value. Or '
+            f"--config.data.ignore={ignored} ignores such values."
+        )
+        if names[0] < 0 or names[-1] > MOST_VALUE:
+            text = f"class id {_listed(names)}. Export it with ids from 0 to {MOST_VALUE}."
     else:
-        what, names = "color", [f"#{value:06x}" for value in values]
-        known = f"{len(table.labels_of_colors())} colors are known"
-    return ForeignValuesError(
-        f"The mask {path} holds the {what} {_listed(names)}. {known}; {_listed(table.ignore)} is "
-        "ignored. Add a line to classes.txt, or a value to data.ignore: --config.data.ignore="
-        f"{','.join(map(str, table.ignore))},VALUE.",
-        dict(zip(names, numbers.tolist(), strict=True)),
-    )
+        names = [f"#{value:06x}" for value in values]
+        text = (
+            f"color {_listed(names)}. {len(table.labels_of_colors())} colors are known. Write a "
+            f'line for each into classes.txt: "NAME {names[0]}", or "ignore {names[0]}" if it is '
+            "no class. Begin it with a free value where the others begin with values."
+        )
+    counts = dict(zip(names, numbers.tolist(), strict=True))
+    return ForeignValuesError(f"The mask {path} holds the {text}", counts)
 
 
-def _look(path: Path) -> Seen:
+def _look(path: Path) -> Seen | UnreadableError:
     try:
         image = _open(path)
-    except UnreadableError:
-        return Seen(unreadable=1)
+    except UnreadableError as error:
+        return error
     if image.mode.startswith("I"):
         return Seen(values=dict.fromkeys(np.unique(np.asarray(image)).tolist(), path))
     if image.mode in ("LA", "PA"):
@@ -416,17 +500,37 @@ def _look(path: Path) -> Seen:
     if image.mode == "RGBA":
         image = image.convert("RGB")
     counted = image.getcolors(256)
-    found: Any = {} if counted is None else {value: path for _, value in counted}
-    if image.mode != "RGB":
-        return Seen(values=found, palette=_palette(image, found))
-    if counted is None or (len(found) > MOST_COLORS and not _gray(found)):
-        raise UserError(_too_many_colors(f"The mask {path} holds"))
-    return Seen(colors=found)
+    found: list[Any] = [value for _, value in counted or ()]
+    if counted is None or len(found) > MOST_COLORS:
+        values, colors = f"{len(found)} values, {_listed(found)}", f"more than {MOST_COLORS} colors"
+        what, line = (colors, "road 128 64 128") if image.mode == "RGB" else (values, "7 road")
+        raise UserError(_too_many(f"The mask {path} holds {what}", line))
+    if image.mode == "RGB":
+        return Seen(colors=dict.fromkeys(found, path))
+    palette = _palette(image)
+    values = [value for value in found if value not in palette]
+    return Seen(dict.fromkeys(values, path), palettes=dict.fromkeys(palette.items(), path))
 
 
-def _palette(image: Image.Image, values: Iterable[int]) -> dict[int, _RGB]:
-    entries = image.getpalette("RGB") if image.mode == "P" else None
-    if entries is None:
+def _palette_of(path: Path) -> dict[int, _RGB]:
+    try:
+        return _palette(_open(path))
+    except UserError:
         return {}
-    colors = zip(entries[::3], entries[1::3], entries[2::3], strict=True)
-    return {value: color for value, color in enumerate(colors) if value in values}
+
+
+def _palette(image: Image.Image) -> dict[int, _RGB]:
+    """The color of each value in an image, where its palette has one for that value alone.
+
+    Palettes are often filled up with black, which then says nothing; nor does one of the gray
+    levels in order.
+    """
+    if image.mode != "P":
+        return {}
+    colors = [*zip(*[iter(image.getpalette("RGB") or ())] * 3, strict=True)]
+    if len(colors) > 1 and colors == [(i, i, i) for i in range(len(colors))]:
+        return {}
+    used: set[Any] = {value for _, value in image.getcolors(256) or ()}
+    colors = colors[: max(used) + 1]
+    times = collections.Counter(colors)
+    return {v: color for v, color in enumerate(colors) if v in used and times[color] == 1}

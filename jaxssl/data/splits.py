@@ -9,7 +9,7 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,13 +85,13 @@ def choose(config_data: Mapping[str, Any], ids: Sequence[str], extra: Sequence[s
     )
     overlap = bool(config_data.get("overlap"))
     if labeled_list:
-        labeled = known_ids(read_list(labeled_list), ids, labeled_list)
+        labeled = read_list(labeled_list, ids)
         family = recognize(labeled) or f"list {labeled_list}"
     else:
         labeled, _ = make(ids, share, seed, overlap=overlap)
         family = f"{SEEDED_FAMILY} {share}"
     if unlabeled_list:
-        unlabeled = known_ids(read_list(unlabeled_list), [*ids, *extra], unlabeled_list)
+        unlabeled = read_list(unlabeled_list, [*ids, *extra])
     else:
         unlabeled = tuple(sorted({*ids, *extra} - (set() if overlap else set(labeled))))
     if not overlap:
@@ -135,14 +135,18 @@ def seeded_order(ids: Iterable[str], seed: int) -> tuple[str, ...]:
     return tuple(sorted(set(ids), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest()))
 
 
-def read_list(path: str | Path) -> tuple[str, ...]:
-    """Reads the ids of a published list file, sorted and without duplicates.
+def read_list(path: str | Path, known: Iterable[str]) -> tuple[str, ...]:
+    """Reads the ids of a list file, sorted and without duplicates.
 
-    A line holds an id, an image path, or an image path and a label path; only the file name of
-    the first column counts, without extension and `_leftImg8bit`.
+    A line holds an id, an image path, or an image path and a label path. Of a path, the extension,
+    `_leftImg8bit` and the folders that it begins with do not count where the id has none.
+
+    Args:
+      path: of the file.
+      known: ids of the data set.
 
     Raises:
-      UserError: the file cannot be read or names no image.
+      UserError: the file cannot be read, or names no image or unknown ones.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
@@ -150,10 +154,11 @@ def read_list(path: str | Path) -> tuple[str, ...]:
         raise UserError(
             f"The list {path} cannot be read as text: {error}. Check its path."
         ) from error
-    ids = {_image_id(line.split()[0]) for line in lines if line.strip()}
+    known = frozenset(known)
+    ids = {_image_id(line.strip(), known) for line in lines if line.strip()}
     if not ids:
         raise UserError(f"The list {path} names no image. Give a file with one image a line.")
-    return tuple(sorted(ids))
+    return known_ids(ids, known, str(path))
 
 
 def known_ids(ids: Iterable[str], known: Iterable[str], where: str = "The data") -> tuple[str, ...]:
@@ -167,12 +172,12 @@ def known_ids(ids: Iterable[str], known: Iterable[str], where: str = "The data")
     Raises:
       UserError: some are unknown.
     """
-    wanted = tuple(sorted(set(ids)))
-    unknown = sorted(set(wanted) - set(known))
+    wanted, known = tuple(sorted(set(ids))), frozenset(known)
+    unknown = sorted(set(wanted) - known)
     if unknown:
         raise UserError(
             f"{where}: {len(unknown)} of {len(wanted)} image ids are not in the data set, such as "
-            f"{', '.join(unknown[:3])}. Check that the list belongs to this data set."
+            f"{', '.join(unknown[:3])}. Its ids are such as {', '.join(sorted(known)[:3])}."
         )
     return wanted
 
@@ -198,8 +203,27 @@ def _published() -> dict[str, str]:
     return {key: "; ".join(lists) for key, lists in names.items()}
 
 
-def _image_id(path: str) -> str:
-    return PurePosixPath(path).stem.removesuffix("_leftImg8bit")
+def _image_id(line: str, known: Collection[str]) -> str:
+    """The id that a line of a list means; where none is known, the name in its first column."""
+    ends = [match.end() for match in re.finditer(r"\.\w+(?=[\s,])", line)]  # of paths with spaces
+    first = re.split(r"[\s,]", line)[0]
+    for column in (line, *(line[:end] for end in ends), first):
+        for name in (column, _without_ends(column)):
+            if found := next((tail for tail in _tails(name) if tail in known), None):
+                return found
+    return _without_ends(first).rpartition("/")[2]
+
+
+def _without_ends(path: str) -> str:
+    return path.removesuffix(PurePosixPath(path).suffix).removesuffix("_leftImg8bit")
+
+
+def _tails(path: str) -> Iterator[str]:
+    """A path, and what is left of it without the folders that it begins with."""
+    yield path
+    while folder := re.match(r"[^\s,/]*/", path):  # beyond a space, another column may begin
+        path = path[folder.end() :]
+        yield path
 
 
 def _labeled_count(split: str, total: int) -> int:
