@@ -140,7 +140,8 @@ def test_pretrained_swaps_the_backbone(name):
     for config in (full, demo):
         assert config.model.backbone == "efficientnet_lite0"
         assert config.model.pretrained == "imagenet"
-        assert config.optimizer.learning_rate == 0.01
+    assert full.optimizer.learning_rate == 0.01
+    assert demo.optimizer.learning_rate == 0.001
     assert (full.data.name, full.data.split, full.model.channels) == ("cityscapes", "1_8", 256)
     assert (demo.data.name, demo.model.channels) == ("streets", 48)
     assert (full.optimizer.head_factor, demo.optimizer.head_factor) == (1, 10)

@@ -294,5 +294,5 @@ def test_another_config_in_the_workdir_is_refused(finished, environment):
         command(finished[0], **{"optimizer.learning_rate": 0.2, "log.every": 3}), environment
     )
     assert done.returncode == 2
-    assert "optimizer.learning_rate: 0.1 -> 0.2" in done.stderr
+    assert "optimizer.learning_rate: 0.01 -> 0.2" in done.stderr
     assert "log.every" not in done.stderr

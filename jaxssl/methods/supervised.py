@@ -130,13 +130,22 @@ def warmup_phase(plan: Plan, students: tuple[str, ...]) -> tuple[Phase, ...]:
 
 
 def warmup_and_main(plan: Plan, students: tuple[str, ...]) -> tuple[Phase, ...]:
-    """A warm-up, if the plan has one, and a main phase on labeled and unlabeled images."""
+    """A warm-up, if the plan has one, and a main phase on labeled and unlabeled images.
+
+    One schedule covers both, and momentum goes on. So a method differs from supervised training of
+    as many updates in nothing but what is minimized, and no high rate undoes what was learned.
+    """
+    steps = plan.main_steps("unlabeled")
+    total = plan.warmup + steps
+    warmup = warmup_phase(plan, students)
     streams = (
         Stream("labeled", plan.batch["labeled"]),
         Stream("unlabeled", plan.batch["unlabeled"], labels=None),
     )
-    main = Phase("main", plan.main_steps("unlabeled"), students, streams)
-    return (*warmup_phase(plan, students), main)
+    main = Phase(
+        "main", steps, students, streams, optimizer="continue", schedule=(plan.warmup, total)
+    )
+    return (*(dataclasses.replace(phase, schedule=(0, total)) for phase in warmup), main)
 
 
 def warmup_loss(
