@@ -28,18 +28,16 @@ def get_config(arg: str | None = None) -> configs.Config:
         split=("1_16", "1_8", "1_4", "1_2"),
         backbone=("r50", "r101", "pretrained"),
         data=("streets",),
+        budget=("long",),
     )
-    config = configs.cityscapes(variant["split"], variant["backbone"])
+    config = configs.cityscapes(variant)
     config.method = ConfigDict(
         {"name": "cps", "weight": 5.0, "cutmix": True, "auxiliary_weight": 0.4}
     )
     if variant["data"] == "streets":
-        configs.use_streets(config, variant["split"])
         config.next = (
             "compare with MKD: python -m jaxssl.main "
             f"--config=configs/mkd_cityscapes.py:{arg} --workdir=/tmp/mkd",
         )
         config.method.weight = 1.0
-    if variant["backbone"] == "pretrained":
-        configs.use_pretrained(config)
     return config

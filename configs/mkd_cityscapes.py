@@ -28,17 +28,15 @@ def get_config(arg: str | None = None) -> configs.Config:
         split=("1_16", "1_8", "1_4", "1_2"),
         backbone=("r50", "r101", "pretrained"),
         data=("streets",),
+        budget=("long",),
     )
-    config = configs.cityscapes(variant["split"], variant["backbone"])
+    config = configs.cityscapes(variant)
     config.method = configs.mkd()
     if variant["data"] == "streets":
-        configs.use_streets(config, variant["split"])
         config.next = (
             "compare with the labeled images alone: python -m jaxssl.main "
             f"--config=configs/supervised_cityscapes.py:{arg} --workdir=/tmp/supervised",
         )
         # From scratch and in few updates, pseudo-labels are poor: trust them less, average longer.
         config.method.update(alpha=0.5, beta=0.25, threshold=0.8, ema_decay_max=0.99)
-    if variant["backbone"] == "pretrained":
-        configs.use_pretrained(config)
     return config

@@ -26,16 +26,14 @@ def get_config(arg: str | None = None) -> configs.Config:
         split=("1_16", "1_8", "1_4", "1_2", "all"),
         backbone=("r50", "r101", "pretrained"),
         data=("streets",),
+        budget=("long",),
     )
-    config = configs.cityscapes(variant["split"], variant["backbone"])
+    config = configs.cityscapes(variant)
     config.method = ConfigDict({"name": "supervised", "strong": False, "auxiliary_weight": 0.4})
     if variant["data"] == "streets":
         words = ",".join(word for word in str(arg).split(",") if word != "all")
-        configs.use_streets(config, variant["split"])
         config.next = (
             "compare with MKD: python -m jaxssl.main "
             f"--config=configs/mkd_cityscapes.py:{words} --workdir=/tmp/mkd",
         )
-    if variant["backbone"] == "pretrained":
-        configs.use_pretrained(config)
     return config

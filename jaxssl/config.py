@@ -149,19 +149,29 @@ def model_of(config: Config, student: str) -> dict[str, Any]:
     return {**config.model, **{key: value for key, value in own.items() if value is not None}}
 
 
-def cityscapes(split: str | None, backbone: str | None) -> Config:
-    """The default config with what MKD's paper says of Cityscapes; the number of steps is ours.
+def cityscapes(variant: Mapping[str, str | None]) -> Config:
+    """What a variant of a Cityscapes config says, but for the method: the default config with what
+    MKD's paper says of Cityscapes, where the number of steps is ours; or the street scenes.
 
     Args:
-      split: share of labeled images, 1_16 if None.
-      backbone: "r101", or anything else for ResNet-50; `use_pretrained` brings its own.
+      variant: from `choose`: "split", 1_16 if None; "backbone" "r50" (if None), "r101" or
+        "pretrained"; "data" "streets" or None; "budget" "long" or None.
+
+    Raises:
+      UserError: a long budget of other data than the street scenes.
     """
     config = default()
     config.steps = 80_000
-    config.data.split = split or "1_16"
-    config.model.backbone = "resnet101" if backbone == "r101" else "resnet50"
+    config.data.split = variant["split"] or "1_16"
+    config.model.backbone = "resnet101" if variant["backbone"] == "r101" else "resnet50"
     config.model.batch_norm_momentum = 0.001
     config.optimizer.learning_rate = 0.01
+    if variant["data"] == "streets":
+        use_streets(config, variant["split"], variant["budget"])
+    elif variant["budget"]:
+        raise UserError("The variant 'long' is a budget of the street scenes: write streets,long.")
+    if variant["backbone"] == "pretrained":
+        use_pretrained(config)
     return config
 
 
@@ -196,26 +206,29 @@ def mkd(**changes: Any) -> Config:
     return section
 
 
-def use_streets(config: Config, split: str | None) -> None:
+def use_streets(config: Config, split: str | None, budget: str | None = None) -> None:
     """Swaps in the embedded street scenes, and a network that trains on them in minutes on a
     laptop.
 
     Args:
       config: is changed.
-      split: share of labeled images; None takes the demo's few.
+      split: share of labeled images; None takes the demo's 8, or 24 with the long budget.
+      budget: "long" trains until supervised training gains nothing more, to compare methods.
     """
+    long = budget == "long"
     with config.unlocked():
         config.data.update(
             name="streets",
             root="",
-            split=split or "8",
+            split=split or ("24" if long else "8"),
             size=(64, 128),
             train_count=400,
             val_count=100,
             scene_seed=0,
         )
     use_small(config)
-    config.update(crop=(64, 128), steps=300, warmup=1400)
+    warmup, steps = (1000, 3000) if long else (1400, 300)
+    config.update(crop=(64, 128), warmup=warmup, steps=steps)
     config.batch.update(labeled=4, unlabeled=4)
     config.augment.scale = (0.75, 1.5)
     config.eval.update(every=500, batch=20)

@@ -169,7 +169,7 @@ def test_packed_images_are_trained_on_as_the_folder_they_come_from(three, tmp_pa
 
 
 def test_other_configs_set_everything_themselves():
-    config = configs.cityscapes(None, None)
+    config = configs.default()
     assert auto.resolve(config, None, print) is config
 
 

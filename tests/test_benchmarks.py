@@ -1,0 +1,95 @@
+"""The benchmark of methods: what its rows share, and what its table computes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxssl import methods
+from jaxssl.contracts import Plan
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "streets_methods.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("streets_methods", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def runs(benchmark, *seeds, rows=None, **changes):
+    return [
+        benchmark.Run(name, seed, benchmark.resolve(row, "scratch", "long", seed, changes))
+        for seed in seeds
+        for name, row in benchmark.rows().items()
+        if rows is None or name in rows
+    ]
+
+
+def test_rows_of_a_seed_share_everything_but_the_method(benchmark):
+    shared, updates, stems = set(), set(), set()
+    for run in runs(benchmark, 3):
+        config = run.config.to_dict()
+        own = {key: config.pop(key) for key in ("method", "next")}
+        all_labels = config["data"].pop("split") == "all"
+        assert all_labels == (run.row == "supervised_all")
+        shared.add(json.dumps(config, sort_keys=True))
+        plan = Plan(
+            {"labeled": 24, "unlabeled": 376},
+            {"labeled": 4, "unlabeled": 4},
+            19,
+            steps=config["steps"],
+            warmup=config["warmup"],
+        )
+        updates.add(sum(p.steps for p in methods.load(run.config.method).phases(plan)))
+        stems.add(run.stem)
+        assert own["method"]["name"]
+    assert len(shared) == len(updates) == 1
+    assert len(stems) == len(benchmark.rows()) == 13
+
+
+def test_a_run_is_named_by_what_its_config_changes(benchmark):
+    (one,) = runs(benchmark, 0, rows=["mkd"])
+    (again,) = runs(benchmark, 0, rows=["mkd"])
+    (longer,) = runs(benchmark, 0, rows=["mkd"], steps="3001")
+    (other,) = runs(benchmark, 1, rows=["mkd"])
+    again.config.log.every = 7  # does not change what is computed
+    assert one.stem == again.stem
+    assert len({one.stem, longer.stem, other.stem}) == 3
+    assert longer.config.steps == 3001
+
+
+def test_the_table_pairs_seeds(benchmark, tmp_path):
+    scores = {"supervised": (0.25, 0.30, 0.20), "mkd": (0.27, 0.31)}
+    found = runs(benchmark, 0, 1, 2, rows=scores)
+    for run in found:
+        if run.seed < len(scores[run.row]):
+            seconds = 40.0 if run.row == "mkd" else 10.0
+            result = {"miou": scores[run.row][run.seed], "steps": 4, "code": "x"}
+            text = json.dumps({**result, "training_seconds": seconds})
+            (tmp_path / f"{run.stem}.json").write_text(text)
+    lines = benchmark.table(found, tmp_path).splitlines()
+    assert lines[2:] == [
+        "| supervised | 3 | 25.0 ± 5.0 |  |  | 1.0 |",
+        "| mkd | 2 | 29.0 ± 2.8 | +1.5 ± 0.7 | 2 of 2 | 4.0 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rows=supervised,mdk"], "no row 'mdk'; there are supervised,"),
+        (["--config.steps"], "overrides look like"),
+        (["--stesp=1"], "unexpected --stesp=1"),
+    ],
+)
+def test_mistakes_are_told(benchmark, monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["streets_methods.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        benchmark.main()
+    assert left.value.code == 2
+    assert words in capsys.readouterr().err
