@@ -5,9 +5,8 @@
   python benchmarks/streets_methods.py --table  # prints what is there, runs nothing
 
 A seed chooses the labeled images, the initialization and the order of the batches, so differences
-to "supervised" of the same seed are paired. Supervised training has one schedule over all updates;
-the methods restart it after their warm-up. Scores are mIoU in percent over the classes present,
-student a after the last update: none is chosen by it.
+to "supervised" of the same seed are paired: until its warm-up ends, student a is that run. Scores
+are mIoU in percent over the classes present, student a after the last update: none is chosen by it.
 
 One run is one file in benchmarks/results/streets_methods/, named after what its config changes. A
 row whose config has not changed is not run again, whatever else changed in the library; the file

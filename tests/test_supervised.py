@@ -139,3 +139,24 @@ def test_overfits_eight_images():
     predict = jax.jit(make_predict(net))
     logits = predict(state.network("a"), batch["labeled"]["image"], batch["labeled"]["valid"])
     assert mean_iou(batch["labeled"]["label"], np.argmax(logits, -1)) > 0.95
+
+
+def test_a_warm_up_and_the_method_after_it_share_the_schedule_of_supervised_training():
+    schedule = optim.make_schedule({"schedule": "poly", "power": 0.9, "warmup_steps": 0})
+
+    def rates(phases):
+        found = []
+        for phase in phases:
+            clock = Clock.of(phase, 0)
+            updates = jnp.arange(phase.steps) + clock.schedule_begin
+            found += [*schedule(updates, clock.schedule_steps)]
+        return found
+
+    for warmup in (0, 4):
+        budget = plan(warmup=warmup, steps=6)
+        phases = mkd.Method().phases(budget)
+        total = warmup + 6
+        expected = (1 - np.arange(total) / total) ** 0.9
+        np.testing.assert_allclose(rates(phases), expected, rtol=1e-6)
+        np.testing.assert_allclose(rates(supervised.Method().phases(budget)), expected, rtol=1e-6)
+        assert phases[-1].optimizer == "continue"
