@@ -3,14 +3,15 @@
   python benchmarks/streets_methods.py  # all rows, seeds 0 to 3; goes on where it was
   python benchmarks/streets_methods.py --rows=supervised,mkd --seeds=0,1 --network=pretrained
   python benchmarks/streets_methods.py --table  # prints what is there, runs nothing
+  python benchmarks/streets_methods.py --root=DIR --config.data.split=40  # on a folder of images
 
 A seed chooses the labeled images, the initialization and the order of the batches, so differences
 to "supervised" of the same seed are paired: until its warm-up ends, student a is that run. Scores
 are mIoU in percent over the classes present, student a after the last update: none is chosen by it.
 
-One run is one file in benchmarks/results/streets_methods/, named after what its config changes. A
-row whose config has not changed is not run again, whatever else changed in the library; the file
-says which sources computed it, and the table tells where they differ.
+One run is one file in benchmarks/results/, named after what its config changes. A row whose config
+has not changed is not run again, whatever else changed in the library; the file says which sources
+computed it, and the table tells where they differ.
 """
 
 from __future__ import annotations
@@ -30,32 +31,31 @@ from typing import Any, NamedTuple
 from jaxssl import config as configs
 from jaxssl import logs, phases, trained
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-RESULTS = HERE / "results" / "streets_methods"
+FILE = Path(__file__).resolve()
+ROOT = FILE.parents[1]
+RESULTS = FILE.parent / "results"
 BASELINE = "supervised"
 
 
 class Row(NamedTuple):
-    """A line of the table: a config file of configs/, words of its variant, and overrides."""
+    """A line of the table: a family of config files of configs/, and what the row changes."""
 
     config: str
-    words: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = {}
 
 
 def rows() -> dict[str, Row]:
     found = {
         BASELINE: Row("supervised"),
-        "supervised_strong": Row("supervised", (), {"method.strong": True}),
-        "supervised_all": Row("supervised", ("all",)),
-        "cps": Row("cps", (), {"method.cutmix": False}),
+        "supervised_strong": Row("supervised", {"method.strong": True}),
+        "supervised_all": Row("supervised", {"data.split": "all"}),
+        "cps": Row("cps", {"method.cutmix": False}),
         "cps_cutmix": Row("cps"),
         "mkd": Row("mkd"),
     }
     for row in _load(ROOT / "configs" / "mkd_sweep.py").get_rows():
         if row.name.startswith("table3/"):
-            found[f"mkd_{row.name.removeprefix('table3/')}"] = Row("mkd", (), row.overrides)
+            found[f"mkd_{row.name.removeprefix('table3/')}"] = Row("mkd", row.overrides)
     return found
 
 
@@ -67,8 +67,9 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2,3", help="numbers, separated by commas")
     parser.add_argument("--network", choices=("scratch", "pretrained"), default="scratch")
     parser.add_argument("--budget", default="long", help="word of the configs' variants")
+    parser.add_argument("--root", type=Path, help="a folder of images instead of the streets")
     parser.add_argument("--workdirs", type=Path, default=Path("/tmp/streets_methods"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="default: a folder in benchmarks/results")
     parser.add_argument("--table", action="store_true", help="print results, run nothing")
     args, overrides = parser.parse_known_args()
     for override in overrides:
@@ -80,14 +81,15 @@ def main() -> int:
         parser.error(f"no row {min(unknown)!r}; there are {', '.join(rows())}")
     # Seed by seed: whenever it is stopped, the rows done can be compared.
     runs = [
-        Run(name, seed, resolve(rows()[name], args.network, args.budget, seed, changes))
+        Run(name, seed, resolve(rows()[name], args.network, args.budget, seed, changes, args.root))
         for seed in seeds
         for name in names
     ]
+    results = args.results or RESULTS / (f"{args.root.name}_methods" if args.root else FILE.stem)
     if not args.table:
         for run in runs:
-            measure(run, args.results, args.workdirs)
-    print(table(runs, args.results))
+            measure(run, results, args.workdirs / results.name)
+    print(table(runs, results))
     return 0
 
 
@@ -138,17 +140,29 @@ def measure(run: Run, results: Path, workdirs: Path) -> None:
     trained.write_whole(results / f"{run.stem}.json", json.dumps(result, indent=1) + "\n")
 
 
-def resolve(row: Row, network: str, budget: str, seed: int, changes: Mapping[str, str]) -> Any:
+def resolve(
+    row: Row,
+    network: str,
+    budget: str,
+    seed: int,
+    changes: Mapping[str, str],
+    root: Path | None = None,
+) -> Any:
     """The row's config, with the seed in every place that draws."""
-    words = ["streets", *([budget] if budget else []), *row.words]
+    if root is None:
+        file, words = "cityscapes", ["streets", *([budget] if budget else [])]
+    else:
+        file, words = "folder", ["small"]
     if network == "pretrained":
         words.append("pretrained")
-    file = ROOT / "configs" / f"{row.config}_cityscapes.py"
+    file = ROOT / "configs" / f"{row.config}_{file}.py"
     config = _load(file).get_config(",".join(words))
     # Panels and checkpoints cost time and change nothing; evaluated at the end alone.
     settings = {"seed": seed, "data.seed": seed, "eval.panels": 0, "eval.every": 10**9}
-    flat = {**row.overrides, **settings, **{k: _value(config, k, v) for k, v in changes.items()}}
-    config.update_from_flattened_dict(flat)
+    if root is not None:
+        settings["data.root"] = str(root.absolute())
+    asked = {key: _value(config, key, text) for key, text in changes.items()}
+    config.update_from_flattened_dict({**settings, **asked, **row.overrides})
     return config
 
 

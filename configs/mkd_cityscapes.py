@@ -38,5 +38,5 @@ def get_config(arg: str | None = None) -> configs.Config:
             f"--config=configs/supervised_cityscapes.py:{arg} --workdir=/tmp/supervised",
         )
         # From scratch and in few updates, pseudo-labels are poor: trust them less, average longer.
-        config.method.update(alpha=0.5, beta=0.25, threshold=0.8, ema_decay_max=0.99)
+        config.method.update(alpha=1.0, beta=0.25, ema_decay_max=0.99, feature_augmentation=False)
     return config

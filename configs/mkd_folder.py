@@ -28,11 +28,11 @@ def get_config(arg: str | None = None) -> configs.Config:
         arg, network=("small", "r50", "r101"), backbone=("r50", "r101", "pretrained")
     )
     config = configs.folder(variant["network"])
-    config.method = configs.mkd(threshold=0.8, ema_decay_max=0.99)
+    config.method = configs.mkd(ema_decay_max=0.99)
     if variant["backbone"] == "pretrained":
         configs.use_pretrained(config)
     else:
         # Pseudo-labels of networks that began with random weights are poor: trust them less.
-        config.method.update(alpha=0.5, beta=0.25)
+        config.method.update(alpha=1.0, beta=0.25, feature_augmentation=False)
     config.next = ("compare with the masks alone: configs/supervised_folder.py, another --workdir",)
     return config

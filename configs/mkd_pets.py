@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> configs.Config:
         )
     config.update(crop=(320, 320), steps=20_000, warmup=4000)
     config.eval.update(every=2000, batch=8)
-    config.method = configs.mkd(threshold=0.8, ema_decay_max=0.99)
+    config.method = configs.mkd(ema_decay_max=0.99)
     if variant["network"] == "small":
         configs.use_small(config)
         config.update(crop=(160, 160), steps=2000, warmup=2000)
@@ -64,6 +64,6 @@ def get_config(arg: str | None = None) -> configs.Config:
         config.warmup = 0  # for the reason in jaxssl/auto.py
     else:
         # Pseudo-labels of networks that began with random weights are poor: trust them less.
-        config.method.update(alpha=0.5, beta=0.25)
+        config.method.update(alpha=1.0, beta=0.25, feature_augmentation=False)
     config.next = ("the same with fewer labels: --config=configs/mkd_pets.py:1_64",)
     return config

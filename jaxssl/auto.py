@@ -168,9 +168,7 @@ def _steps(config: Config, facts: Facts) -> tuple[int | None, str]:
 def _warmup(config: Config, facts: Facts) -> tuple[int, str]:
     """Networks without any features have nothing to teach each other.
 
-    Those with ImageNet features do without a warm-up, as the papers of CPS and MKD do. Their heads
-    are new, but begin with such small kernels that all classes are about as probable: no pixel is
-    above the configs' threshold before the labels have taught them.
+    Those with ImageNet features do without a warm-up, as the papers of CPS and MKD do.
     """
     del facts
     if config.model.pretrained:

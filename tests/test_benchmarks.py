@@ -39,7 +39,7 @@ def test_rows_of_a_seed_share_everything_but_the_method(benchmark):
         assert all_labels == (run.row == "supervised_all")
         shared.add(json.dumps(config, sort_keys=True))
         plan = Plan(
-            {"labeled": 24, "unlabeled": 376},
+            {"labeled": 8, "unlabeled": 392},
             {"labeled": 4, "unlabeled": 4},
             19,
             steps=config["steps"],

@@ -137,12 +137,10 @@ def test_variants_of_folders(name):
 @pytest.mark.parametrize("name", FILES)
 def test_the_long_budget_is_the_streets_alone(name):
     demo, long = get_config(name, "streets"), get_config(name, "long,streets")
-    assert (demo.data.split, long.data.split) == ("8", "24")
     assert get_config(name, "streets,long,1_8").data.split == "1_8"
     assert configs.differences(demo.to_dict(), long.to_dict()) == [
-        "data.split: 8 -> 24",
-        "steps: 300 -> 3000",
-        "warmup: 1400 -> 1000",
+        "steps: 300 -> 1400",
+        "warmup: 1400 -> 600",
     ]
     with pytest.raises(UserError, match="write streets,long"):
         get_config(name, "long,1_8")
