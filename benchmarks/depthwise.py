@@ -1,6 +1,6 @@
 """Depthwise convolutions: XLA's own beside shifted multiplies, at the shapes of EfficientNet-Lite0.
 
-  python benchmarks/depthwise.py              # writes benchmarks/results/depthwise.json
+  python benchmarks/depthwise.py  # writes benchmarks/results/depthwise_BACKEND.json
 
 Shapes are those of the network on four images of 64x128 at output stride 16, and of its last
 stage at output stride 8. Forward, and forward with the gradient in input and kernel. Beside the
@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 from jaxssl import logs  # noqa: E402
 from jaxssl.models import layers  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "depthwise.json"
 SHAPES = (
     # height, width, channels, kernel size, stride, dilation
     (32, 64, 32, 3, 1, 1),
@@ -51,9 +50,10 @@ BATCH, REPEATS = 4, 11
 
 def main() -> None:
     rows = [row for shape in SHAPES for row in measure(shape)]
-    RESULT.parent.mkdir(exist_ok=True)
+    out = ROOT / "benchmarks" / "results" / f"depthwise_{jax.default_backend()}.json"
+    out.parent.mkdir(exist_ok=True)
     result = {"environment": logs.environment(), "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure(shape: tuple[int, ...]) -> list[dict[str, Any]]:

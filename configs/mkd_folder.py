@@ -15,7 +15,8 @@ Variants: small is for CPUs; r50 (if none is given) and r101 are for GPUs and TP
 begins with ImageNet features, alone or with small. Crop, batch, steps, warm-up and evaluation are
 chosen from the images and printed; what you set, such as --config.crop=256,256, stays.
 
-Cost: four networks a step. small, with 1000 + 1000 steps at most: about an hour on two CPU cores.
+Cost: four networks a step. small: 1500 + 2500 steps on images of 64x64 took seven minutes on one
+  CPU core (benchmarks/results/shapes_methods); a crop of 256x256 has sixteen times the pixels.
 
 Published: none. Compare with configs/supervised_folder.py, which learns from the masks alone.
 """

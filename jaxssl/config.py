@@ -217,8 +217,8 @@ def use_streets(config: Config, split: str | None, budget: str | None = None) ->
     Args:
       config: is changed.
       split: share of labeled images; None takes 8.
-      budget: "long" has more updates of the method and as many in all as supervised training gains
-        from, to compare methods.
+      budget: "long" gives the method most of the updates, to compare methods; supervised training
+        gains nothing from more.
     """
     with config.unlocked():
         config.data.update(

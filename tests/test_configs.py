@@ -200,6 +200,7 @@ def test_variants_of_pets(arg):
 def test_mkd_defaults_are_the_papers():
     config = get_config("mkd_cityscapes")
     assert (config.method.alpha, config.method.beta, config.method.ema_decay_max) == (1.5, 1.0, 0.4)
+    assert config.method.teacher_stats == "own"  # of which only the released code speaks
     assert (config.optimizer.learning_rate, config.optimizer.momentum) == (0.01, 0.9)
     assert (config.optimizer.weight_decay, config.optimizer.power) == (5e-4, 0.9)
     assert (config.batch.labeled, config.batch.unlabeled) == (16, 16)
