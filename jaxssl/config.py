@@ -179,8 +179,8 @@ def mkd(**changes: Any) -> Config:
     """The `method` section for MKD, with the paper's values.
 
     Of BatchNorm in teachers the paper says nothing. As in its released code they normalize with
-    the batch, like the students that they teach: with running statistics they teach worse, the more
-    the smaller a batch is or the slower these move.
+    the batch, like the students that they teach; with running statistics they taught worse on the
+    street scenes (benchmarks/results/streets_tuning.md).
 
     Args:
       **changes: fields of `methods.mkd.Method` with other values.
