@@ -24,7 +24,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,11 +80,11 @@ def main() -> int:
     if unknown := set(names) - rows().keys():
         parser.error(f"no row {min(unknown)!r}; there are {', '.join(rows())}")
     # Seed by seed: whenever it is stopped, the rows done can be compared.
-    runs = [
+    runs = distinct(
         Run(name, seed, resolve(rows()[name], args.network, args.budget, seed, changes, args.root))
         for seed in seeds
         for name in names
-    ]
+    )
     results = args.results or RESULTS / (f"{args.root.name}_methods" if args.root else FILE.stem)
     if not args.table:
         for run in runs:
@@ -101,15 +101,28 @@ class Run(NamedTuple):
     config: Any
 
     @property
-    def stem(self) -> str:
-        """The name of its file: row, seed and a digest of what the config changes."""
+    def digest(self) -> str:
+        """Of what the config changes."""
         changed = configs.differences(configs.default().to_dict(), self.config.to_dict())
-        return f"{self.row}-seed{self.seed}-{_digest(json.dumps(changed))}"
+        return _digest(json.dumps(changed))
+
+    @property
+    def stem(self) -> str:
+        """The name of its file."""
+        return f"{self.row}-seed{self.seed}-{self.digest}"
 
     def read(self, folder: Path) -> dict[str, Any] | None:
         """What was measured, if it was."""
         path = folder / f"{self.stem}.json"
         return json.loads(path.read_text()) if path.exists() else None
+
+
+def distinct(runs: Iterable[Run]) -> list[Run]:
+    """Without what is the same computation: the method's own config is a row of its ablations."""
+    first: dict[tuple[int, str], Run] = {}
+    for run in runs:
+        first.setdefault((run.seed, run.digest), run)
+    return list(first.values())
 
 
 def measure(run: Run, results: Path, workdirs: Path) -> None:
@@ -121,8 +134,7 @@ def measure(run: Run, results: Path, workdirs: Path) -> None:
     print(f"{run.stem}: training", flush=True)
     if code := phases.run(run.config, workdir):
         sys.exit(code)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    last = [line for line in lines if "val/miou" in line][-1]
+    last = [line for line in _lines(workdir / "metrics.jsonl") if "val/miou" in line][-1]
     result = {
         "row": run.row,
         "seed": run.seed,
@@ -130,7 +142,7 @@ def measure(run: Run, results: Path, workdirs: Path) -> None:
         "last": {key: value for key, value in last.items() if key.startswith(("val/", "watch/"))},
         "steps": last["step"],
         "training_seconds": sum(
-            json.loads(line)["seconds"]["training"] for line in (workdir / "time.jsonl").open()
+            start["seconds"]["training"] for start in _lines(workdir / "time.jsonl")
         ),
         "code": code_version(run.config.method.name),
         "config": json.loads(run.config.to_json_best_effort()),
@@ -244,6 +256,10 @@ def _value(config: Any, key: str, text: str) -> Any:
     for section in sections:
         config = config[section]
     return text if config.get_type(name) is str else ast.literal_eval(text)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _digest(text: str) -> str:

@@ -51,6 +51,53 @@ def test_rows_of_a_seed_share_everything_but_the_method(benchmark):
     assert len(stems) == len(benchmark.rows()) == 13
 
 
+@pytest.mark.parametrize(
+    ("network", "root", "same"),
+    [
+        ("scratch", None, "mkd_mutual_strong"),
+        ("pretrained", Path("leaves"), "mkd_mutual_strong_features"),
+    ],
+)
+def test_the_ablation_that_is_the_method_itself_runs_once(benchmark, network, root, same):
+    kept = benchmark.distinct(
+        benchmark.Run(
+            name, seed, benchmark.resolve(row, network, "long", seed, {"data.split": "8"}, root)
+        )
+        for seed in (0, 1)
+        for name, row in benchmark.rows().items()
+    )
+    for seed in (0, 1):
+        assert {run.row for run in kept if run.seed == seed} == benchmark.rows().keys() - {same}
+
+
+def test_a_folder_of_images_takes_the_place_of_the_streets(benchmark, monkeypatch, tmp_path):
+    root = tmp_path / "leaves"
+    given = ["--rows=supervised,mkd", "--seeds=0,3", f"--root={root}"]
+    results = ["--results", str(tmp_path / "results"), "--workdirs", str(tmp_path / "workdirs")]
+    overrides = ["--config.data.split=1_8", "--config.steps=7"]
+    monkeypatch.setattr(sys, "argv", ["streets_methods.py", *given, *results, *overrides])
+    trained = []
+
+    def train(config, workdir):
+        trained.append(config)
+        workdir.mkdir(parents=True)
+        (workdir / "metrics.jsonl").write_text('{"step": 7, "val/miou": 0.5}\n')
+        (workdir / "time.jsonl").write_text('{"seconds": {"training": 2.0}}\n')
+        return 0
+
+    monkeypatch.setattr(benchmark.phases, "run", train)
+    for _ in range(2):  # what is done is not repeated
+        assert benchmark.main() == 0
+    seen = [(c.method.name, c.data.name, c.data.root, c.data.seed, c.seed) for c in trained]
+    assert seen == [
+        (method, "folder", str(root), seed, seed)
+        for seed in (0, 3)
+        for method in ("supervised", "mkd")
+    ]
+    assert {(c.data.split, c.steps) for c in trained} == {("1_8", 7)}
+    assert len(list((tmp_path / "results").iterdir())) == 4
+
+
 def test_a_run_is_named_by_what_its_config_changes(benchmark):
     (one,) = runs(benchmark, 0, rows=["mkd"])
     (again,) = runs(benchmark, 0, rows=["mkd"])
