@@ -9,15 +9,17 @@ A seed chooses the labeled images, the initialization and the order of the batch
 to "supervised" of the same seed are paired: until its warm-up ends, student a is that run. Scores
 are mIoU in percent over the classes present, student a after the last update: none is chosen by it.
 
-One run is one file in benchmarks/results/, named after what its config changes. A row whose config
-has not changed is not run again, whatever else changed in the library; the file says which sources
-computed it, and the table tells where they differ.
+One run is one file in benchmarks/results/, named after what its config changes and the sources that
+computed it. A run that other sources computed is not repeated without --again: a new method adds
+rows and repeats none. The table tells where a row's seeds come from different sources.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import datetime
+import functools
 import hashlib
 import importlib.util
 import json
@@ -35,6 +37,8 @@ FILE = Path(__file__).resolve()
 ROOT = FILE.parents[1]
 RESULTS = FILE.parent / "results"
 BASELINE = "supervised"
+SCORING = ("mode", "window", "stride", "flip", "scales")
+"""Keys of `eval` that change a score."""
 
 
 class Row(NamedTuple):
@@ -70,6 +74,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, help="a folder of images instead of the streets")
     parser.add_argument("--workdirs", type=Path, default=Path("/tmp/streets_methods"))
     parser.add_argument("--results", type=Path, help="default: a folder in benchmarks/results")
+    parser.add_argument("--again", action="store_true", help="repeat what other sources computed")
     parser.add_argument("--table", action="store_true", help="print results, run nothing")
     args, overrides = parser.parse_known_args()
     for override in overrides:
@@ -88,7 +93,7 @@ def main() -> int:
     results = args.results or RESULTS / (f"{args.root.name}_methods" if args.root else FILE.stem)
     if not args.table:
         for run in runs:
-            measure(run, results, args.workdirs / results.name)
+            measure(run, results, args.workdirs / results.name, again=args.again)
     print(table(runs, results))
     return 0
 
@@ -102,19 +107,30 @@ class Run(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Of what the config changes."""
+        """Of what the config changes, and of how it is scored."""
         changed = configs.differences(configs.default().to_dict(), self.config.to_dict())
-        return _digest(json.dumps(changed))
+        return _digest(json.dumps([changed, *(self.config.eval[key] for key in SCORING)]))
 
     @property
     def stem(self) -> str:
-        """The name of its file."""
+        """The name of its files, but for the sources."""
         return f"{self.row}-seed{self.seed}-{self.digest}"
 
+    @property
+    def name(self) -> str:
+        """The name of the file that these sources write."""
+        return f"{self.stem}-{code_version(self.config.method.name)}"
+
+    @property
+    def data(self) -> str:
+        """Names the images: their names and sizes, in a folder."""
+        return _fingerprint(Path(self.config.data.root)) if self.config.data.root else "embedded"
+
     def read(self, folder: Path) -> dict[str, Any] | None:
-        """What was measured, if it was."""
-        path = folder / f"{self.stem}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """What was measured, if it was: by these sources or, failing that, last."""
+        found = [json.loads(path.read_text()) for path in folder.glob(f"{self.stem}-*.json")]
+        mine = code_version(self.config.method.name)
+        return max(found, key=lambda one: (one["code"] == mine, one["finished"]), default=None)
 
 
 def distinct(runs: Iterable[Run]) -> list[Run]:
@@ -125,13 +141,17 @@ def distinct(runs: Iterable[Run]) -> list[Run]:
     return list(first.values())
 
 
-def measure(run: Run, results: Path, workdirs: Path) -> None:
+def measure(run: Run, results: Path, workdirs: Path, *, again: bool = False) -> None:
     """Trains a row with one seed and writes its file, unless it is there."""
-    if run.read(results):
-        print(f"{run.stem}: done before", flush=True)
-        return
-    workdir = workdirs / run.stem
-    print(f"{run.stem}: training", flush=True)
+    if found := run.read(results):
+        if found["data"] != run.data:
+            sys.exit(f"{results} is about other images: pass another --results, or --table.")
+        same = found["code"] == code_version(run.config.method.name)
+        if same or not again:
+            print(f"{run.stem}: done before{'' if same else ', by other sources'}", flush=True)
+            return
+    workdir = workdirs / run.name
+    print(f"{run.name}: training", flush=True)
     if code := phases.run(run.config, workdir):
         sys.exit(code)
     last = [line for line in _lines(workdir / "metrics.jsonl") if "val/miou" in line][-1]
@@ -139,17 +159,20 @@ def measure(run: Run, results: Path, workdirs: Path) -> None:
         "row": run.row,
         "seed": run.seed,
         "miou": last["val/miou"],
+        "mode": last["eval/mode"],
         "last": {key: value for key, value in last.items() if key.startswith(("val/", "watch/"))},
         "steps": last["step"],
         "training_seconds": sum(
             start["seconds"]["training"] for start in _lines(workdir / "time.jsonl")
         ),
         "code": code_version(run.config.method.name),
-        "config": json.loads(run.config.to_json_best_effort()),
+        "data": run.data,
+        "config": json.loads((workdir / "config.json").read_text()),
         "environment": logs.environment(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     results.mkdir(parents=True, exist_ok=True)
-    trained.write_whole(results / f"{run.stem}.json", json.dumps(result, indent=1) + "\n")
+    trained.write_whole(results / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def resolve(
@@ -222,6 +245,7 @@ def _spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.1f} ± {deviation:.1f}"
 
 
+@functools.cache
 def code_version(method: str) -> str:
     """Names what computed a number: every source of the package without its comments, except the
     other methods'.
@@ -248,6 +272,13 @@ def _without_docstrings(source: str) -> ast.AST:
 def _is_text(node: ast.AST) -> bool:
     value = getattr(node, "value", None) if isinstance(node, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+@functools.cache
+def _fingerprint(root: Path) -> str:
+    """Of the names and sizes of all files below a folder."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return _digest("".join(f"{path.relative_to(root)} {path.stat().st_size}\n" for path in files))
 
 
 def _value(config: Any, key: str, text: str) -> Any:

@@ -30,6 +30,22 @@ def runs(benchmark, *seeds, rows=None, **changes):
     ]
 
 
+def train_nothing(benchmark, monkeypatch):
+    trained = []
+
+    def train(config, workdir):
+        trained.append(config)
+        workdir.mkdir(parents=True)
+        last = {"step": 7, "eval/mode": "whole", "val/miou": 0.5}
+        (workdir / "metrics.jsonl").write_text(json.dumps(last) + "\n")
+        (workdir / "time.jsonl").write_text('{"seconds": {"training": 2.0}}\n')
+        (workdir / "config.json").write_text('{"crop": [64, 64]}\n')
+        return 0
+
+    monkeypatch.setattr(benchmark.phases, "run", train)
+    return trained
+
+
 def test_rows_of_a_seed_share_everything_but_the_method(benchmark):
     shared, updates, stems = set(), set(), set()
     for run in runs(benchmark, 3):
@@ -76,16 +92,8 @@ def test_a_folder_of_images_takes_the_place_of_the_streets(benchmark, monkeypatc
     results = ["--results", str(tmp_path / "results"), "--workdirs", str(tmp_path / "workdirs")]
     overrides = ["--config.data.split=1_8", "--config.steps=7"]
     monkeypatch.setattr(sys, "argv", ["streets_methods.py", *given, *results, *overrides])
-    trained = []
-
-    def train(config, workdir):
-        trained.append(config)
-        workdir.mkdir(parents=True)
-        (workdir / "metrics.jsonl").write_text('{"step": 7, "val/miou": 0.5}\n')
-        (workdir / "time.jsonl").write_text('{"seconds": {"training": 2.0}}\n')
-        return 0
-
-    monkeypatch.setattr(benchmark.phases, "run", train)
+    (root / "images").mkdir(parents=True)
+    trained = train_nothing(benchmark, monkeypatch)
     for _ in range(2):  # what is done is not repeated
         assert benchmark.main() == 0
     seen = [(c.method.name, c.data.name, c.data.root, c.data.seed, c.seed) for c in trained]
@@ -95,7 +103,35 @@ def test_a_folder_of_images_takes_the_place_of_the_streets(benchmark, monkeypatc
         for method in ("supervised", "mkd")
     ]
     assert {(c.data.split, c.steps) for c in trained} == {("1_8", 7)}
+    files = [json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()]
+    assert [(file["mode"], file["config"]["crop"]) for file in files] == [("whole", [64, 64])] * 4
+    (root / "images" / "another.png").write_bytes(b"x")
+    benchmark._fingerprint.cache_clear()
+    with pytest.raises(SystemExit, match="is about other images"):
+        benchmark.main()
+    assert len(trained) == 4
+
+
+def test_other_sources_are_told_and_repeated_on_request(benchmark, monkeypatch, capsys, tmp_path):
+    trained = train_nothing(benchmark, monkeypatch)
+    given = ["--rows=supervised", "--seeds=0,1", "--results", str(tmp_path / "results")]
+    given += ["--workdirs", str(tmp_path / "workdirs")]
+
+    def again(code, *more):
+        monkeypatch.setattr(benchmark, "code_version", lambda method: code)
+        monkeypatch.setattr(sys, "argv", ["streets_methods.py", *given, *more])
+        assert benchmark.main() == 0
+        return capsys.readouterr().out
+
+    again("old")
+    assert "done before, by other sources" in again("new")
+    assert len(trained) == 2
+    assert "computed by different sources" not in again("new", "--again")
+    assert len(trained) == 4
     assert len(list((tmp_path / "results").iterdir())) == 4
+    assert "done before\n" in again("new", "--again")
+    next((tmp_path / "results").glob("*seed1*-new.json")).unlink()
+    assert "computed by different sources" in again("new", "--table")
 
 
 def test_a_run_is_named_by_what_its_config_changes(benchmark):
@@ -104,8 +140,10 @@ def test_a_run_is_named_by_what_its_config_changes(benchmark):
     (longer,) = runs(benchmark, 0, rows=["mkd"], steps="3001")
     (other,) = runs(benchmark, 1, rows=["mkd"])
     again.config.log.every = 7  # does not change what is computed
+    (windows,) = runs(benchmark, 0, rows=["mkd"])
+    windows.config.eval.mode = "slide"
     assert one.stem == again.stem
-    assert len({one.stem, longer.stem, other.stem}) == 3
+    assert len({one.stem, longer.stem, other.stem, windows.stem}) == 4
     assert longer.config.steps == 3001
 
 
@@ -115,9 +153,9 @@ def test_the_table_pairs_seeds(benchmark, tmp_path):
     for run in found:
         if run.seed < len(scores[run.row]):
             seconds = 40.0 if run.row == "mkd" else 10.0
-            result = {"miou": scores[run.row][run.seed], "steps": 4, "code": "x"}
+            result = {"miou": scores[run.row][run.seed], "steps": 4, "code": "x", "finished": ""}
             text = json.dumps({**result, "training_seconds": seconds})
-            (tmp_path / f"{run.stem}.json").write_text(text)
+            (tmp_path / f"{run.stem}-x.json").write_text(text)
     lines = benchmark.table(found, tmp_path).splitlines()
     assert lines[2:] == [
         "| supervised | 3 | 25.0 ± 5.0 |  |  | 1.0 |",
