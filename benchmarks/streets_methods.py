@@ -24,6 +24,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -168,7 +169,7 @@ def measure(run: Run, results: Path, workdirs: Path, *, again: bool = False) -> 
         "code": code_version(run.config.method.name),
         "data": run.data,
         "config": json.loads((workdir / "config.json").read_text()),
-        "environment": logs.environment(),
+        "environment": {**logs.environment(), "command": shlex.join(["python", *sys.argv])},
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     results.mkdir(parents=True, exist_ok=True)
