@@ -1,3 +1,3 @@
-"""Semi-supervised semantic segmentation and image classification in JAX."""
+"""Semi-supervised semantic segmentation in JAX."""
 
 __version__ = "0.1.0"

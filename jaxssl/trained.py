@@ -27,7 +27,7 @@ class Trained:
     """A run as its newest checkpoint tells it. Holds no arrays.
 
     Attributes:
-      workdir: of the run; nothing is written to it.
+      workdir: of the run; opening it writes nothing.
       config: the run's, with the defaults of keys that are newer than the run.
       info: classes and palette.
       method: what was minimized.
