@@ -204,15 +204,15 @@ class Evaluator:
 
     @contextlib.contextmanager
     def telling_compilations(self, what: str) -> Iterator[None]:
-        """Says how often `predict` compiled in the block, where images differ in size."""
+        """Says how often networks were compiled in the block, where images differ in size."""
         before = set(self._compiled)
         yield
         new = self._compiled - before
         sizes = {shape for *_, shape in new}
         if len(sizes) > 1 and self._say is not None:
             self._say(
-                f"{what}: {len(sizes)} image sizes, {len(new)} compilations, once per start. A "
-                f"larger --config.eval.bucket (now {self._bucket}) pads to fewer sizes."
+                f"{what}: {len(sizes)} image sizes, {len(new)} compilations of a network, once per "
+                f"start. A larger --config.eval.bucket (now {self._bucket}) pads to fewer sizes."
             )
 
     def _share(self) -> Source:

@@ -181,7 +181,7 @@ class Logger:
 
     def write(self, step: int, phase: str, values: Mapping[str, float | str]) -> None:
         """Appends one line; JSON has no NaN and no infinity, they become null. TensorBoard gets the
-        numbers.
+        numbers as curves and words as text.
         """
         if not self._main_process:
             return
@@ -191,8 +191,12 @@ class Logger:
         finite = {name: _json_value(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "phase": phase, **finite}) + "\n")
         self._lines.flush()
+        if not self._tensorboard:
+            return
         for name, value in finite.items():
-            if self._tensorboard and isinstance(value, float):
+            if isinstance(value, str):
+                self._writer().add_text(name, value, step)
+            elif value is not None:
                 self._writer().add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:

@@ -12,7 +12,7 @@ that each image has in I and at its original size:
 Images are read as training on a folder reads them: as viewers show them, turned upright by their
 orientation tag (and so are the outputs), without transparency. One that cannot be read is named,
 and the rest goes on. Nothing outside O is written to, and O must be empty or made by the same
-command, which then goes on where it was.
+command, which then goes on where it was; an image that is newer than its outputs is labeled again.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--nooverlay", dest="overlay", action="store_false", help="write no overlays")
     add("--probabilities", action="store_true", help="write probabilities and confidence, too")
     add("--label_ids", action="store_true", help="write label ids of Cityscapes, too")
-    add("--overwrite", action="store_true", help="predict images that have their files again")
+    add("--overwrite", action="store_true", help="predict all images again")
     return parser
 
 
@@ -234,7 +234,7 @@ def predict(
     Args:
       run: whose network to take, and how to show images to it.
       images: a file or a folder.
-      outputs: what to write; images that have everything are left out.
+      outputs: what to write; images that have everything, and did not change since, are left out.
       network: None takes the headline.
       step: "best", "last" or a number.
       overwrite: predicts all images.
@@ -252,7 +252,9 @@ def predict(
     net, how = run.net(network), Presentation.of(run.config.eval, run.config.crop)
     if how.mode == "center_crop":  # of interest to scores alone: the whole image is shown
         how = dataclasses.replace(how, mode="whole")
-    outputs.claim({"workdir": str(run.workdir), "network": network, "step": step, "mode": str(how)})
+    # Outputs are named by an image's path in its folder, which may be given by one image as well.
+    source = {"workdir": str(run.workdir), "input": str(folder.resolve())}
+    outputs.claim({**source, "network": network, "step": step, "mode": str(how)})
     startup.keep_compiled(run.config)
     predictor = Predictor(
         net,
@@ -262,7 +264,8 @@ def predict(
         bucket=run.config.eval.bucket,
         probabilities=outputs.probabilities,
     )
-    todo = [name for name in names if overwrite or outputs.missing(name)]
+    due = {name: outputs.due(name, folder / name, overwrite=overwrite) for name in names}
+    todo = [name for name in names if due[name]]
     with logs.create_console() as console:
         before = f", {len(names) - len(todo)} of them labeled before" if names != todo else ""
         console.message(
@@ -273,7 +276,7 @@ def predict(
         def label(name: Path) -> int:
             image = read_image(folder / name)
             found = predictor(image)
-            outputs.write(name, image, found, overwrite=overwrite)
+            outputs.write(due[name], image, found)
             return found.tiles
 
         failed, tiled = _label_all(label, todo, console)

@@ -94,7 +94,7 @@ class Outputs:
             )
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Makes the output folder, or makes sure that it belongs to the same network."""
+        """Makes the output folder, or makes sure that what it holds was predicted likewise."""
         claimed = self.folder / _SETTINGS
         try:
             stored = json.loads(claimed.read_text())
@@ -107,8 +107,8 @@ class Outputs:
             )
         if stored not in (None, settings):
             raise UserError(
-                f"{self.folder} holds what another network or mode predicted "
-                f"({json.dumps(stored)}). Choose a new folder for --output."
+                f"{self.folder} belongs to another input, network or mode: {json.dumps(stored)}, "
+                f"and this is {json.dumps(settings)}. Choose a new folder for --output."
             )
         with _whole(claimed) as file:
             file.write((json.dumps(settings, indent=1) + "\n").encode())
@@ -141,18 +141,18 @@ class Outputs:
                         "predict them into different folders."
                     )
 
-    def missing(self, name: Path) -> bool:
-        """Whether an image lacks one of its files."""
-        return not all(path.exists() for path in self.paths(name).values())
-
-    def write(self, name: Path, image: np.ndarray, found: Prediction, *, overwrite: bool) -> None:
-        """Writes an image's files, each whole or not at all; those that exist stay as they are
-        unless `overwrite`.
+    def due(self, name: Path, source: Path, *, overwrite: bool = False) -> dict[str, Path]:
+        """Those of an image's `paths` that do not exist, or are older than `source`, its file; all
+        of them if `overwrite`.
         """
-        for kind, path in self.paths(name).items():
-            if overwrite or not path.exists():
-                with _whole(path) as file:
-                    self._save(kind, image, found, file)
+        paths = self.paths(name).items()
+        return {kind: path for kind, path in paths if overwrite or _outdated(path, source)}
+
+    def write(self, paths: Mapping[str, Path], image: np.ndarray, found: Prediction) -> None:
+        """Writes these files of an image, each whole or not at all."""
+        for kind, path in paths.items():
+            with _whole(path) as file:
+                self._save(kind, image, found, file)
 
     def write_legend(self) -> None:
         """Writes `legend.png`: the classes' colors, numbers and names."""
@@ -187,6 +187,14 @@ class Outputs:
         picture = Image.frombytes("P", (width, height), labels.tobytes())
         picture.putpalette(np.array(self.info.palette, np.uint8).tobytes())
         return picture
+
+
+def _outdated(path: Path, source: Path) -> bool:
+    """Whether a file is missing, or older than the one that it is made from."""
+    if not path.exists():
+        return True
+    # An image may have gone since it was listed, or be a link to nowhere: it is named when read.
+    return source.exists() and path.stat().st_mtime_ns < source.stat().st_mtime_ns
 
 
 @contextlib.contextmanager

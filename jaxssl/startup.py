@@ -34,12 +34,13 @@ def has_peers(environment: Mapping[str, str]) -> bool:
     """Whether the environment says that this is one of several processes of a run.
 
     It does by JAX_COORDINATOR_ADDRESS (as `launch/local.sh` sets it), in a Slurm step of several
-    tasks, and on a TPU pod of GKE. A TPU VM is silent about it: `launch/tpu_vm.sh` sets
-    `config.distributed` to "on".
+    tasks, under Open MPI's mpirun, and on a TPU pod of GKE. A TPU VM is silent about it:
+    `launch/tpu_vm.sh` sets `config.distributed` to "on".
     """
     return (
         "JAX_COORDINATOR_ADDRESS" in environment
         or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        or int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
     )
 
@@ -50,7 +51,7 @@ def join_peers() -> None:
     Raises:
       UserError: the environment does not say enough, or the other processes did not come.
     """
-    # TPU pods, Slurm and Open MPI say all of this themselves; elsewhere these variables do.
+    # TPU pods, Slurm and Open MPI 4 say all of this themselves; elsewhere these variables do.
     count, rank = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(

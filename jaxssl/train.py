@@ -107,7 +107,8 @@ def train_phase(
 
     Raises:
       Stopped: after saving, on a signal.
-      UserError: the data cannot be read, or nothing finite has come of too many steps.
+      UserError: the data cannot be read (validation images are all opened before the first step
+        of a run), or nothing finite has come of too many steps.
     """
     phase, config, begin = run.phases[index], run.config, run.begin(index)
     step, end = int(state.step), begin + phase.steps
@@ -115,6 +116,9 @@ def train_phase(
     sums, zeros = MetricSums(), ZeroLosses(phase.name)
     skips = SkippedUpdates(config.max_skipped, run.sources)
     train_step = None
+    if run.checkpoints.latest() is None:  # a run that goes on has opened them before
+        with run.stopwatch("data wait"):
+            pipeline.check_all(run.sources["val"], "val")
     run.console.phase(phase.name, phase.steps, step - begin)
     with _batches(run, index, start=step - begin) as batches:
         for rows in _timed(batches, run.stopwatch, skips):
@@ -409,7 +413,7 @@ def _log_scores(
     for name, score in scores.items():
         values |= _score_values(name, score, classes)
     if watched is not None:
-        values |= watched.values(classes)
+        values |= {"watch/mode": watched.mode, **watched.values(classes)}
     for name in run.method.teachers:
         if {name, TEACHER + name} <= scores.keys():
             values[f"watch/gap/{name}/miou"] = scores[TEACHER + name].miou - scores[name].miou
@@ -440,7 +444,7 @@ def _show_scores(
         run.console.message(f"{title}{watched.line()}")
         if everything:
             table = watched.rows(classes)
-            run.console.table(f"{title}pseudo-labels of {watched.labeler}", watch.COLUMNS, table)
+            run.console.table(f"{title}{watched.title}", watch.COLUMNS, table)
 
 
 def _score_values(name: str, score: Evaluation, classes: Sequence[str]) -> dict[str, float]:

@@ -134,6 +134,7 @@ class Watched:
       distances: "coupling", and "gap/a" for each teacher and its student: their mean total
         variation distance.
       images: how many were looked at.
+      mode: how they were shown to the networks, in words; scores may have another one.
     """
 
     labeler: str
@@ -141,15 +142,21 @@ class Watched:
     prior: np.ndarray
     distances: Mapping[str, float]
     images: int
+    mode: str
 
     @property
     def kl(self) -> float:
         """KL(prior || pseudo-labels), see `kl_divergence`."""
         return kl_divergence(self.prior, self.pseudo.per_class)
 
+    @property
+    def title(self) -> str:
+        """What was looked at, and how."""
+        return f"pseudo-labels of {self.labeler} on {self.images} images, {self.mode}"
+
     def values(self, classes: Sequence[str]) -> dict[str, float]:
-        """For metrics.jsonl; what is undefined, such as the precision of a class that is not
-        taught, is left out.
+        """Numbers for metrics.jsonl; what is undefined, such as the precision of a class that is
+        not taught, is left out.
         """
         found = {
             "watch/pseudo/accuracy": self.pseudo.accuracy,
@@ -170,7 +177,7 @@ class Watched:
         words.append(f"KL(labels || pseudo) {self.kl:.2f}" if np.isfinite(self.kl) else "")
         words += [f"{name.replace('/', ' ')} {v:.3f}" for name, v in self.distances.items()]
         found = ", ".join(word for word in words if word)
-        return f"pseudo-labels of {self.labeler} on {self.images} images: {found}"
+        return f"{self.title}: {found}"
 
     def rows(self, classes: Sequence[str]) -> list[tuple[str, ...]]:
         """A table of percentages by class under the names in `COLUMNS`; classes that neither the
@@ -273,6 +280,7 @@ class Watcher:
             self.prior,
             {name: _share(total[name], total["counts"].sum()) for name in self._pairs},
             len(self._source),
+            str(self._how),
         )
 
     @functools.cached_property

@@ -198,6 +198,8 @@ def test_an_error_in_one_process_ends_the_other():
         ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, False),  # salloc, not srun
         ({"SLURM_STEP_NUM_TASKS": "1"}, False),
         ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
     ],
@@ -207,7 +209,13 @@ def test_the_environment_says_whether_there_are_others(environment, several):
 
 
 @pytest.mark.parametrize(
-    "variables", [{}, {"JAX_COORDINATOR_ADDRESS": "localhost:1"}, {"JAX_NUM_PROCESSES": "two"}]
+    "variables",
+    [
+        {},
+        {"JAX_COORDINATOR_ADDRESS": "localhost:1"},
+        {"JAX_NUM_PROCESSES": "two"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},  # Open MPI 5 names no address
+    ],
 )
 def test_an_environment_that_does_not_say_enough_is_refused(monkeypatch, variables):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):

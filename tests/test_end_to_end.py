@@ -139,6 +139,10 @@ def test_a_run_says_its_result_and_writes_its_files(finished):
         assert 0 <= last[f"val/{name}/miou"] <= 1
     for name in ("pseudo/coverage", "pseudo/kept", "coupling", "gap/a"):
         assert 0 <= last[f"watch/{name}"] <= 1
+    assert last["watch/pseudo/kl"] >= 0
+    assert last["eval/mode"] == last["watch/mode"] == "whole"
+    assert "main: a on val, whole, step 12: mean" in printed
+    assert printed.count("main: pseudo-labels of teacher_b on 4 images, whole") == 3
     gap = last["val/teacher_a/miou"] - last["val/a/miou"]
     assert last["watch/gap/a/miou"] == pytest.approx(gap)
     stored = json.loads((workdir / "config.json").read_text())
@@ -231,9 +235,18 @@ def test_damaged_files_are_named_and_others_stand_in(finished, environment, tmp_
     split = json.loads((finished[0] / "splits.json").read_text())
     label = next(tree.glob(f"gtFine/train/*/{split['labeled'][0]}_gtFine_labelIds.png"))
     image = next(tree.glob(f"leftImg8bit/train/*/{split['unlabeled'][0]}_*.png"))
-    for path in (label, image):
+    shown = next(tree.glob("leftImg8bit/val/*/*.png"))  # others cannot stand in for this one
+    whole = shown.read_bytes()
+    for path in (label, image, shown):
         path.write_bytes(path.read_bytes()[:-50])
     data = {"data.name": "cityscapes", "data.root": tree}
+    refused = run(command(workdir, **data), environment)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    assert "1 of 4 image(s) of 'val' or their labels cannot be read" in refused.stderr
+    assert str(shown) in refused.stderr
+    assert not (workdir / "metrics.jsonl").exists()
+    shown.write_bytes(whole)
     refused = run(command(workdir, **data, **{"data.max_damaged": 0}), environment)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr

@@ -186,7 +186,7 @@ def test_compilations_are_counted_and_said_once(changes, sizes):
         evaluator("a", PAINTED)
     assert len(traces) - before == sizes
     assert len(said) == (sizes > 1)
-    assert all(f"{sizes} image sizes, {sizes} compilations" in line for line in said)
+    assert all(f"{sizes} image sizes, {sizes} compilations of a network" in line for line in said)
 
 
 @pytest.mark.parametrize("labels", ["none", "ignored"])

@@ -50,7 +50,7 @@ def scalars(workdir):
         (event.step, value.tag, value.simple_value)
         for event in events(workdir)
         for value in event.summary.value
-        if not value.HasField("image")
+        if value.HasField("simple_value")
     ]
 
 
@@ -100,9 +100,16 @@ def test_rewind(tmp_path, restored, kept):
 def test_tensorboard(tmp_path):
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     with Logger(tmp_path) as logger:
-        logger.write(10, "main", {"train/loss": 0.5, "val/miou": np.nan})
+        logger.write(10, "main", {"train/loss": 0.5, "val/miou": np.nan, "eval/mode": "slide"})
         logger.image(10, "panel", image)
     assert scalars(tmp_path) == [(10, "train/loss", 0.5)]
+    (words,) = [
+        value.tensor.string_val
+        for event in events(tmp_path)
+        for value in event.summary.value
+        if value.tag.startswith("eval/mode")
+    ]
+    assert list(words) == [b"slide"]
     (picture,) = [
         value.image
         for event in events(tmp_path)

@@ -18,7 +18,7 @@ from PIL import Image
 from jaxssl.contracts import DataInfo, Record, Stream, UserError
 from jaxssl.data import quarantine
 from jaxssl.data.files import open_image
-from jaxssl.data.pipeline import Feed, batches, in_order
+from jaxssl.data.pipeline import Feed, batches, check_all, in_order
 from jaxssl.data.transforms import Augment
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -441,6 +441,20 @@ def test_too_many_damaged_images_in_a_row_are_an_error(stored, limit, workers):
     assert "--config.data.max_damaged=N" in lines[0]
     assert len(lines) == 2 + limit
     assert all(any(name in line for name in DAMAGE) for line in lines[1:])
+
+
+def test_every_image_is_opened_before_a_training(stored):
+    check_all(Stored(stored[0]), "val")
+    with pytest.raises(UserError) as error:
+        check_all(Stored(stored[1]), "val")
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith("4 of 12 image(s) of 'val' or their labels cannot be read.")
+    for line, name in zip(lines, DAMAGE, strict=True):
+        assert f"/{name} cannot be read" in line
+    with pytest.raises(UserError, match=r"/009\.png cannot .*\n  and 2 more$"):
+        check_all(Stored(stored[0] / "nowhere"), "val")
+    with pytest.raises(UserError, match=r"1 of 3 .*\n  The file 1\.png cannot"):  # not damaged
+        check_all(Numbered(((6, 8),) * 3, broken=1), "val")
 
 
 def test_images_that_are_all_damaged_are_an_error(stored):

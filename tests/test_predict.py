@@ -1,7 +1,9 @@
 """Predictions are those of the network, in files as promised, and nothing else is touched."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -220,6 +222,41 @@ def test_a_rerun_goes_on_and_overwrites_only_when_told(saved, images, tmp_path, 
     assert contents(out)[mine][1] == before[mine][1]
 
 
+def test_an_image_that_changed_is_labeled_again(saved, images, tmp_path, capsys):
+    (images / "broken.png").unlink()
+    out = tmp_path / "out"
+    assert run(saved[0], images, out) == 0
+    before = contents(out)
+    Image.fromarray(noise(20, 33, seed=9)).convert("L").save(images / "gray.bmp")
+    later = time.time() + 1
+    os.utime(images / "gray.bmp", (later, later))
+    (images / "a.PNG").unlink()
+    (images / "a.PNG").symlink_to(tmp_path / "gone")  # its outputs are there
+    assert run(saved[0], images, out) == 0
+    assert "4 of them labeled before" in capsys.readouterr().out
+    after = contents(out)
+    written = {
+        path.as_posix() for path in after if path.parent.name and after[path] != before[path]
+    }
+    assert written == {"labels/gray.png", "overlays/gray.jpg"}
+    overlay = Path("overlays/gray.jpg")
+    assert after[overlay][1] != before[overlay][1]
+
+
+def test_predictions_of_two_folders_do_not_mix(saved, images, tmp_path, capsys):
+    """Outputs have an image's path in the input, which two folders may share."""
+    other, out = tmp_path / "other", tmp_path / "out"
+    other.mkdir()
+    Image.fromarray(noise(16, 24, seed=9)).save(other / "a.png")
+    assert run(saved[0], other, out) == 0
+    before = contents(out)
+    for source in (images / "a.PNG", images):
+        assert run(saved[0], source, out) == 2
+        assert f'"input": "{other}"' in capsys.readouterr().err
+    assert contents(out) == before
+    assert run(saved[0], other / "a.png", out) == 0  # the same image
+
+
 def test_a_file_is_labeled_and_the_output_may_lie_among_the_images(saved, images, capsys):
     assert run(saved[0], images / "gray.bmp", images / "out", "--nooverlay") == 0
     assert not (images / "out" / "overlays").exists()
@@ -283,7 +320,7 @@ def test_a_mistake_is_one_message_and_writes_nothing(saved, images, tmp_path, ca
 def test_predictions_of_two_networks_do_not_mix(saved, images, tmp_path, capsys):
     assert run(saved[0], images / "a.PNG", tmp_path / "out") == 0
     assert run(saved[0], images / "a.PNG", tmp_path / "out", "--network=b") == 2
-    assert "another network" in capsys.readouterr().err
+    assert "belongs to another input, network or mode" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_it_with_one_message(saved, images, tmp_path, capsys, monkeypatch):

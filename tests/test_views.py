@@ -349,6 +349,22 @@ def test_strong_takes_the_same_branches_in_a_loop_and_together():
     np.testing.assert_allclose(result, expected, atol=1e-2)
 
 
+def test_strong_is_the_same_on_other_devices(monkeypatch):
+    """They take the branch of `platform_dependent` that a CPU does not, and split the images."""
+
+    def change(image, valid):
+        return views.strong(jax.random.key(15), image, valid=valid)
+
+    def other(*rows, cpu, default):
+        return default(*rows)
+
+    expected = jax.jit(change)(BATCH, VALID)
+    monkeypatch.setattr(jax.lax, "platform_dependent", other)
+    split = jax.device_put((BATCH, VALID), batched(make_mesh()))
+    together = jax.jit(lambda *rows: change(*rows))  # anew: jax keeps what it traced
+    np.testing.assert_allclose(together(*split), expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("weights", [(3, 5, 1, 1, 5), (1, 0, 2)])
 def test_choose_follows_weights(weights):
     counts = np.bincount(views.choose(jax.random.key(6), 50000, weights), minlength=len(weights))

@@ -61,7 +61,7 @@ def test_pseudo_labels_against_their_definitions():
 
 def test_perfect_labels():
     truth = [0, 0, 1, 2, 2, 2]
-    watched = watch.Watched("b", pseudo(truth, truth), np.array([20, 10, 30, 0]), {}, 1)
+    watched = watch.Watched("b", pseudo(truth, truth), np.array([20, 10, 30, 0]), {}, 1, "whole")
     values = watched.values(CLASSES)
     assert values["watch/pseudo/accuracy"] == values["watch/pseudo/coverage"] == 1
     assert values["watch/pseudo/kl"] == pytest.approx(0, abs=1e-12)
@@ -72,13 +72,15 @@ def test_perfect_labels():
 
 
 def test_nothing_kept():
-    watched = watch.Watched("b", pseudo([0, 1], [255, 255]), np.array([1, 1, 0, 0]), {}, 1)
+    watched = watch.Watched("b", pseudo([0, 1], [255, 255]), np.array([1, 1, 0, 0]), {}, 1, "slide")
     values = watched.values(CLASSES)
     assert values["watch/pseudo/coverage"] == values["watch/pseudo/kept"] == 0
     assert all(np.isfinite(v) for v in values.values())
     for name in ("accuracy", "kl", "precision/road", "share/road"):
         assert f"watch/pseudo/{name}" not in values
-    assert "accuracy -, coverage 0.0 %" in watched.line()
+    assert watched.line().startswith(
+        "pseudo-labels of b on 1 images, slide: accuracy -, coverage 0"
+    )
     assert ("road", "-", "0.0", "-", "50.0") in watched.rows(CLASSES)
 
 
@@ -144,7 +146,7 @@ def test_watcher_equals_numpy(nets):
     sources = {"val": Images(20), "labeled": Images(5, damaged=(1,))}
     said = []
     found = make_watcher(method, nets, sources, 9, say=said.append)(state, 0.5)
-    assert ["2 image sizes, 2 compilations" in line for line in said] == [True]
+    assert ["2 image sizes, 2 compilations of a network" in line for line in said] == [True]
 
     counts, distances, pixels = np.zeros((5, 5), np.int64), np.zeros(3), 0
     for i in (0, 2, 4, 6, 8, 11, 13, 15, 17):
@@ -168,7 +170,7 @@ def test_watcher_equals_numpy(nets):
     np.testing.assert_allclose(list(found.distances.values()), distances / pixels, rtol=1e-4)
     labels = np.concatenate([sources["labeled"][i]["label"].ravel() for i in (0, 2, 3, 4)])
     np.testing.assert_array_equal(found.prior, [(labels == c).sum() for c in range(4)])
-    assert (found.labeler, found.images) == ("teacher_b", 9)
+    assert (found.labeler, found.images, found.mode) == ("teacher_b", 9, "whole")
 
 
 @pytest.mark.parametrize(("method", "images"), [(mkd.Method(), 0), (supervised.Method(), 5)])
@@ -224,7 +226,7 @@ def test_zero_losses():
 
 @dataclasses.dataclass(frozen=True)
 class Poisoned(supervised.Method):
-    """Its loss is nan in some steps, counted from 1."""
+    """Its loss is nan in some steps, counted from 1, and a term of it is always zero."""
 
     bad: tuple[int, int] = (0, 0)
     traces: list = dataclasses.field(default_factory=list, compare=False)
@@ -234,7 +236,8 @@ class Poisoned(supervised.Method):
         loss, aux = super().loss(nets, params, state, *args, **kwargs)
         first, last = self.bad
         bad = (first <= state.step + 1) & (state.step + 1 <= last)
-        return jnp.where(bad, jnp.nan, loss), aux
+        metrics = {**aux.metrics, "loss_idle": (jnp.zeros(()), jnp.ones(()))}
+        return jnp.where(bad, jnp.nan, loss), aux._replace(metrics=metrics)
 
 
 @pytest.fixture
@@ -309,9 +312,11 @@ def test_a_stop_waits_for_a_finite_step_and_another_mode_has_a_best_of_its_own(
     assert f"{mode}: mIoU 25.00 at the end" in capsys.readouterr().out
 
 
-def test_a_run_says_its_size_and_where_its_time_went(train, tmp_path, capsys):
-    train((0, 0))
+def test_a_run_says_its_size_where_its_time_went_and_what_is_idle(train, tmp_path, capsys):
+    train((0, 0), **{"log.every": 2})
     printed = capsys.readouterr().out
+    assert printed.count("warning: loss_") == 1
+    assert "warning: loss_idle was exactly zero in the last 5 reports of main" in printed
     channels, classes = 5, 19
     head = channels * classes + classes
     assert re.search(rf"\n  a +{15 + head} +15 +{head} +", printed)

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -230,6 +231,39 @@ def in_order(
         yield _collate(template, [], rows, padded(template))
 
 
+def check_all(source: Source, name: str) -> None:
+    """Opens every image and label of a source once, several at a time.
+
+    Evaluation needs all of its images, as scores on others would not compare, so it ends at the
+    first that cannot be read; this finds all of them before a training.
+
+    Args:
+      source: with or without labels.
+      name: of the source, for the message.
+
+    Raises:
+      UserError: says which cannot be read, and why.
+    """
+
+    def reason(position: int) -> str | None:
+        try:
+            source[position]
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        reasons = [why for why in pool.map(reason, range(len(source))) if why is not None]
+    if reasons:
+        named = "".join(f"\n  {why}" for why in reasons[:10])
+        more = f"\n  and {len(reasons) - 10} more" if len(reasons) > 10 else ""
+        raise UserError(
+            f"{len(reasons)} of {len(source)} image(s) of {name!r} or their labels cannot be read. "
+            "Scores need all of them: mend them, or take them out with their labels, and start the "
+            f"same command again.{named}{more}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Augmented:
     """Place in the endless stream -> augmented arrays of the image there."""
@@ -335,8 +369,9 @@ def _positions(stream: Stream, ids: Sequence[str], seed: int) -> np.ndarray:
     """Where the stream's share of the images stands in the source."""
     if not ids:
         raise UserError(
-            f"There are no images for the stream {stream.name!r}. Add some, or leave labels aside "
-            "with --config.data.split=1_8, say; configs/supervised_*.py need no unlabeled images."
+            f"There are no images for the stream {stream.name!r}. Add some; or set "
+            "--config.data.split to the number of labels to keep, fewer than there are; "
+            "configs/supervised_*.py need no unlabeled images."
         )
     begin, end = (round(share * len(ids)) for share in stream.part)
     chosen = set(seeded_order(ids, seed)[begin:end])
