@@ -135,6 +135,103 @@ def build(root, layout):
     return root
 
 
+def pairs(images, labels, names):
+    return [(f"{images}/{name}.png", f"{labels}/{name}.png") for name in names]
+
+
+WHOLE = pairs("images", "labels", "abc")
+BESIDE = [*pairs("train", "trainannot", "ab"), *pairs("val", "valannot", "vw")]
+VAL_IMAGES = [(image, "") for image, _ in BESIDE[2:]]
+
+
+def plant(root, files, lists):
+    for seed, (image, mask) in enumerate(files):
+        add(root, image, mask, seed)
+    for name, lines in lists.items():
+        (root / f"{name}.txt").write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "lists", "expected"),
+    [
+        (
+            BESIDE,
+            {"train": ["train/b.png trainannot/b.png"], "val": ["val/w.png valannot/w.png"]},
+            (["train/b"], [], ["val/w"]),
+        ),
+        (BESIDE, {"train": ["b"], "val": ["w.png"]}, (["b"], [], ["val/w"])),
+        (
+            BESIDE,  # as CamVid is published
+            {"train": ["/SegNet/CamVid/train/b.png /SegNet/CamVid/trainannot/b.png"]},
+            (["train/b"], [], ["val/v", "val/w"]),
+        ),
+        ([*WHOLE, *BESIDE[2:]], {"train": ["a", "b"]}, (["a", "b"], [], ["val/v", "val/w"])),
+        (
+            [*WHOLE, *pairs("val/images", "val/labels", "a"), ("unlabeled/a.png", "")],
+            {"train": ["a", "b"]},
+            (["a", "b"], ["unlabeled/a"], ["val/a"]),
+        ),
+        (WHOLE, {"val": ["c"]}, (["a", "b"], [], ["c"])),
+        (WHOLE, {"valid": ["c"], "unlabeled": ["a"]}, (["b"], ["a"], ["c"])),
+        (
+            [*WHOLE, ("unlabeled/a.png", ""), ("unlabeled/u.png", "")],
+            {"unlabeled": ["u"], "val": ["images/c.png labels/c.png"]},
+            (["a", "b"], ["unlabeled/u"], ["images/c"]),
+        ),
+        ([*WHOLE, *BESIDE[2:]], {}, (["a", "b", "c"], [], ["val/v", "val/w"])),
+        (
+            [*WHOLE, *pairs("images/val", "labels/val", "ab"), ("images/unlabeled/u.png", "")],
+            {},
+            (["a", "b", "c"], ["unlabeled/u"], ["val/a", "val/b"]),
+        ),
+    ],
+)
+def test_each_part_comes_from_its_list_or_else_from_its_folders(tmp_path, files, lists, expected):
+    tree = layouts.find(plant(tmp_path, files, lists))
+    unlabeled = sorted(tree.images.keys() - tree.labels.keys())
+    assert (list(tree.labels), unlabeled, list(tree.val_images)) == expected
+    used = [(path, tree.labels[i]) for i, path in tree.images.items() if i in tree.labels]
+    used += [(path, tree.val_labels[i]) for i, path in tree.val_images.items()]
+    assert {*used} <= {*files}
+
+
+@pytest.mark.parametrize(
+    ("files", "lists", "note"),
+    [
+        ([*WHOLE, *VAL_IMAGES], {}, "val/ is not used: expected are val/images/ and"),
+        ([*WHOLE, *((mask, "") for _, mask in BESIDE[2:])], {}, "valannot/ is not used: expected "),
+        ([*BESIDE[:2], *VAL_IMAGES], {}, "val/ is not used: expected are "),
+        ([*WHOLE, ("images/val/v.png", "")], {}, None),  # an image of training, without a mask
+        (
+            [*pairs("images/train", "labels/train", "ab"), ("images/val/v.png", "")],
+            {},
+            "images/val/ is not used: expected are ",
+        ),
+        ([*WHOLE, *pairs("masks", "x", "a")], {}, "masks/ is not used: the train images are in im"),
+        ([*WHOLE, *BESIDE[2:]], {"val": ["c"]}, "valannot/ is not used: the val images are in val"),
+        (WHOLE, {"val": ["c"], "valid": ["b"]}, "valid.txt is not used: the val images are in val"),
+        (
+            [*WHOLE, ("unlabeled/u.png", ""), ("v.png", "")],
+            {"unlabeled": ["v.png"]},
+            "unlabeled/ is not used: the unlabeled images are in unlabeled.txt",
+        ),
+    ],
+)
+def test_what_is_named_like_a_part_and_not_used_is_said(tmp_path, files, lists, note):
+    notes = layouts.find(plant(tmp_path, files, lists)).notes
+    assert any(line.startswith(note) for line in notes) if note else "not used" not in str(notes)
+
+
+def test_boxes_of_pascal_voc_are_no_masks(tmp_path):
+    root = build(tmp_path, "pascal voc")
+    (root / "Annotations").mkdir()
+    (root / "Annotations/2007_000032.xml").write_text("<annotation/>")
+    tree = layouts.find(root)
+    assert len(tree.labels) == 2
+    assert tree.notes[0].startswith("Annotations/ is not used")
+
+
 @pytest.mark.parametrize("suffix", ["", ".png"])
 def test_lists_may_name_files_in_images_and_labels(tmp_path, suffix):
     for seed, name in enumerate(["a b", "in/c", "d", "v"]):
@@ -165,6 +262,7 @@ def test_a_name_in_another_encoding_is_shown(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_recognized(tmp_path, layout):
     root, expected = build(tmp_path, layout), LAYOUTS[layout][1]
+    assert layouts.find(root).notes == ()
     (root / LAYOUTS[layout][0][0][0]).with_name("._hidden.png").write_bytes(b"")
     split, sources = loading.training_sets(data(root))
     val = loading.load(data(root), "val", labels=True)
@@ -219,7 +317,7 @@ def test_a_folder_without_unlabeled_images_says_what_to_do(tmp_path):
     _, sources = loading.training_sets(data(tmp_path))
     assert len(sources["unlabeled"]) == 0
     feed = Feed(Stream("unlabeled", 2, labels=None), sources["unlabeled"], Augment((8, 8)))
-    with pytest.raises(UserError, match=r"no images.*split=1_8.*supervised"):
+    with pytest.raises(UserError, match=r"no images.*data\.split.*supervised"):
         batches([feed], seed=0, phase_index=0, start=0, steps=1)
 
 
@@ -257,6 +355,63 @@ def test_two_names_for_black_and_white(tmp_path, in_config):
     source = loading.load(config_data, "train", labels=True)
     np.testing.assert_array_equal(source[0]["label"], mask // 255)
     assert "255 is cell" in " ".join(folder.look(config_data).notes)
+
+
+@pytest.mark.parametrize(
+    ("value", "lines", "opened", "words"),
+    [
+        (1, ["background", "cell"], 2, None),  # a sample shows that 255 is no class
+        (255, ["background", "cell"], 8, "6 masks to see whether 255 is a class. The values 0 and"),
+        (255, ["0 background", "255 cell"], 0, None),
+        (255, None, 6, "6 masks to see what the classes are. A classes.txt saves this"),
+    ],
+)
+def test_masks_are_looked_at_only_where_need_be(
+    tmp_path, monkeypatch, capsys, value, lines, opened, words
+):
+    for number in range(6):
+        save(tmp_path / f"images/{number}.png", picture(0))
+        save(tmp_path / f"labels/{number}.png", np.array([[0, value]], np.uint8))
+    if lines:
+        (tmp_path / "classes.txt").write_text("\n".join(lines))
+    calls = []
+    monkeypatch.setattr(masks, "open_image", lambda path: calls.append(path) or open_image(path))
+    monkeypatch.setattr(folder, "SAMPLE", 2)
+    monkeypatch.setattr(folder, "_ANNOUNCED", 6)
+    for _ in range(2):
+        loading.load(data(tmp_path), "train", labels=True)
+    assert len(calls) == opened
+    error = capsys.readouterr().err
+    assert words in error if words else not error
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_150_classes_of_which_a_mask_shows_most(tmp_path, named):
+    ids = {
+        "images/a.png": np.arange(0, 97),
+        "images/b.png": np.arange(50, 150),
+        "images/c.png": np.array([0, 7, 149, 255]),
+        "val/images/v.png": np.arange(149, -1, -1),
+    }
+    arrays = {}
+    for name, values in ids.items():
+        arrays[name] = np.kron(np.resize(values, (10, 15)), np.ones((6, 6))).astype(np.uint8)
+        save(tmp_path / name, picture(0, (60, 90)))
+        save(tmp_path / name.replace("images", "labels"), arrays[name])
+    lines = [f"{149 - i} thing {i}" for i in range(150)]  # the label is 149 less the value
+    if named:
+        (tmp_path / "classes.txt").write_text("\n".join(lines))
+    config_data = data(tmp_path)
+    assert len(folder.look(config_data).classes) == 150
+    train = loading.load(config_data, "train", labels=True)
+    val = loading.load(config_data, "val", labels=True)
+    assert train.info.classes[42] == ("thing 42" if named else "class 42")
+    assert len({*train.info.palette}) == 150
+    assert (*train.ids, *val.ids) == ("a", "b", "c", "val/v")
+    records = [train[0], train[1], train[2], val[0]]
+    for array, record in zip(arrays.values(), records, strict=True):
+        label = np.where(array == 255, 255, 149 - array) if named else array
+        np.testing.assert_array_equal(record["label"], label)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "palette transparency"])
@@ -367,7 +522,10 @@ def test_a_mask_that_ignores_an_orientation_tag_gets_a_hint(tmp_path):
         (["labels/stranger.png"], r"1 of 3 masks .* have no image .*labels/stranger\.png"),
         (["images/a b.jpg"], r"images/a b\.(jpg|png) and images/a b\.(jpg|png) have the same name"),
         (["labels/a b_mask.png"], r"labels/a b.* and labels/a b.* have the same name"),
-        (["val/images/q.png", "-val/labels/a b.png"], "No image in .*val/images has a mask"),
+        (
+            ["val/images/q.png", "-val/labels/a b.png"],
+            r"No validation image in .* has a mask \(val/images/",
+        ),
         (["-labels/a b.png", "-labels/in/c_mask.png"], "No training image in .* has a mask"),
         (["-labels"], "No images and masks were recognized.*there is images, unlabeled, val"),
     ],
@@ -391,12 +549,14 @@ def test_files_that_fit_nowhere_are_named(tmp_path, files, words):
         ("x/d.png y/gone.png", r"train\.txt, line 2: there is no file 'y/gone\.png'"),
         ("x/gone.png", r"'x/gone\.png'"),
         ("x/c.png y/c.png", "have the same name"),
-        ("{root}/x/d.png", "is absolute"),
+        ("/a/x/gone.png", "'/a/x/gone.png'"),
+        ("/a/x/d.png /a/y/gone.png", "'/a/y/gone.png'"),
+        ("/a/x/gone.png /a/y/c.png", "'/a/x/gone.png'"),
     ],
 )
 def test_wrong_lines_of_a_list_are_named(tmp_path, line, words):
     root = build(tmp_path, "lists")
-    (root / "train.txt").write_text(f"x/c.png y/c.png\n{line.format(root=root)}\n")
+    (root / "train.txt").write_text(f"x/c.png y/c.png\n{line}\n")
     with pytest.raises(UserError, match=words):
         layouts.find(root)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from jaxssl.contracts import UnreadableError, UserError
 from jaxssl.data import masks
@@ -171,6 +171,19 @@ def test_what_keeps_no_exact_values_is_refused(tmp_path):
     assert scan([torn, save(tmp_path / "ids.png", IDS)]).values.keys() == {0, 1, 2, 255}
 
 
+def test_all_masks_that_are_refused_are_counted_and_ten_named(tmp_path):
+    ids, torn = save(tmp_path / "ids.png", IDS), tmp_path / "torn.png"
+    torn.write_bytes(ids.read_bytes()[:45])
+    bad = [save(tmp_path / f"{i}.png", IDS, format="JPEG") for i in range(11)]
+    bad.append(save(tmp_path / "f.tif", IDS.astype(np.float32)))
+    with pytest.raises(UserError, match=r"^12 of 14 masks are refused:\n") as error:
+        scan([ids, bad[-1], torn, *bad[:-1]])
+    lines = str(error.value).splitlines()[1:]
+    assert "f.tif has mode F" in lines[0]
+    assert [line.split(" is a")[0] for line in lines[1:10]] == [f"  The mask {p}" for p in bad[:9]]
+    assert lines[10:] == ["  and 2 more"]
+
+
 @pytest.mark.parametrize(
     ("values", "ignore", "names", "kept"),
     [
@@ -200,13 +213,49 @@ def test_black_that_is_ignored_is_no_background(tmp_path):
     [
         (range(255), "255 values up to 254: 0, 1, 2, 3, 4, 5, 6, 7 and 247 more. .*FILE.*smoothed"),
         ([0, 1, 2, 3, 90], "5 values up to 90: .*FILE"),
-        ([*range(9), *range(240, 256)], "smoothed"),  # a JPEG's traces
+        ([*range(9), *range(240, 256)], r"smoothed[^!]*7 road\.$"),  # a JPEG's traces
         ([0, 127, 255], 'Is 255 a class.*: "0 NAME" and so on, and "255 NAME" or "255 ignore"'),
     ],
 )
 def test_values_that_are_hardly_classes_are_refused(values, words):
     with pytest.raises(UserError, match=words):
         infer(Seen(values=dict.fromkeys(values, Path("FILE"))), [255])
+
+
+@pytest.mark.parametrize("above", [[254], [250, 254], [200], [65534, 65535]])
+def test_advice_for_values_above_the_classes_works(tmp_path, above):
+    seen = Seen(values=dict.fromkeys((0, 1, 3, *above, 255), tmp_path))
+    with pytest.raises(UserError) as error:
+        infer(seen, [255])
+    ignore = [int(i) for i in re.findall(r"ignore=([\d,]+)", str(error.value))[0].split(",")]
+    assert ignore == [255, *above]
+    lines, _ = infer(seen, ignore)
+    assert parse(lines, ignore, "x").values == (0, 1, 2, 3)
+
+
+def test_advice_for_classes_without_a_color_works(tmp_path):
+    path = save(tmp_path / "m.png", np.array([[RGB[0], RGB[1], RGB[2]]], np.uint8))
+    table = parse(["sky", "road"], [255], "x")
+    with pytest.raises(ForeignValuesError, match=r"0 colors .* sky, road: append") as error:
+        read(path, table)
+    assert all(f"#{bytes(color).hex()}" in str(error.value) for color in RGB.tolist())
+    assert re.findall(r'"([^"]+)"', str(error.value)) == ["sky #0000ff", "ignore #0000ff"]
+    lines = ["sky #0000ff", "road"]
+    with pytest.raises(ForeignValuesError, match=r"1 colors .* for road: append") as error:
+        read(path, parse(lines, [255], "x"))
+    assert re.findall(r'"([^"]+)"', str(error.value)) == ["road #804080", "ignore #804080"]
+    lines = ["sky #0000ff", "road #804080", "ignore #ff0000"]
+    assert read(path, parse(lines, [255], "x")).tolist() == [[0, 1, 255]]
+
+
+def test_classes_that_colors_cannot_show_are_said(tmp_path):
+    color = save(tmp_path / "c.png", np.array([[RGB[0], RGB[1]]], np.uint8))
+    ids = save(tmp_path / "i.png", np.array([[0, 2]], np.uint8))
+    table = parse(["sky 0 0 255", "road 128 64 128", "car", "bus"], [255], "x")
+    (note,) = masks.check_palettes([color], table)
+    assert note.endswith("without one are not found: car, bus")
+    assert masks.check_palettes([ids], table) == ()
+    assert masks.check_palettes([color], COLORED) == ()
 
 
 def test_advice_for_foreign_values_works(tmp_path):
@@ -292,3 +341,64 @@ def test_what_cannot_be_inferred_is_refused_with_the_reason(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             infer(scan(paths), [255])
+
+
+def regions(ids, size, seed=0):
+    """A mask of as many objects as ids, each the place nearest to its point."""
+    points = np.random.default_rng(seed).random((len(ids), 2)) * size
+    places = np.stack(np.mgrid[:size, :size], axis=-1)[:, :, None]
+    return np.asarray(ids, np.uint8)[((places - points) ** 2).sum(-1).argmin(-1)]
+
+
+def outlined(mask):
+    """With the border of 255 that PASCAL VOC draws around objects."""
+    edge = (np.diff(mask, axis=0, prepend=0) != 0) | (np.diff(mask, axis=1, prepend=0) != 0)
+    return np.where(edge, 255, mask).astype(np.uint8)
+
+
+def disks(size):
+    places, centers = np.mgrid[:size, :size], [(0.3, 0.3, 0.2), (0.7, 0.6, 0.25), (0.2, 0.8, 0.1)]
+    inside = [
+        np.hypot(places[0] - y * size, places[1] - x * size) < r * size for y, x, r in centers
+    ]
+    return np.where(np.any(inside, 0), 255, 0).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "size"),
+    [
+        (regions(np.arange(97), 64), 64),
+        (regions(np.arange(150), 128), 128),
+        (regions(np.arange(600) % 150, 160), 90),
+        (outlined(regions(np.arange(90), 128)), 128),
+    ],
+)
+def test_many_classes_in_a_mask_are_told_from_smoothing(tmp_path, mask, size):
+    image = Image.fromarray(mask)
+    image.resize((size, size), Image.Resampling.NEAREST).save(tmp_path / "m.png")
+    found = scan([tmp_path / "m.png"]).values.keys()
+    assert found <= {*np.unique(mask)}
+    assert len(found) > masks.MOST_COLORS
+
+
+@pytest.mark.parametrize("how", ["BILINEAR", "BICUBIC", "LANCZOS", "enlarged", "blurred", "JPEG"])
+@pytest.mark.parametrize(
+    "mask",
+    [disks(300), outlined(regions(np.arange(120) % 21, 300)), regions(np.arange(300) % 150, 300)],
+    ids=["black and white", "21 ids and their border", "150 ids"],
+)
+def test_smoothed_masks_are_refused(tmp_path, mask, how):
+    image, path = Image.fromarray(mask), tmp_path / "m.png"
+    if how == "JPEG":
+        image.save(tmp_path / "m.jpg", quality=50)
+        image = Image.open(tmp_path / "m.jpg")
+    elif how == "blurred":
+        image = image.filter(ImageFilter.GaussianBlur(1))
+    elif how == "enlarged":
+        image = image.resize((731, 731), Image.Resampling.BILINEAR)
+    else:
+        image = image.resize((170, 170), Image.Resampling[how])
+    image.save(path)
+    assert len(np.unique(np.asarray(image))) > masks.MOST_COLORS
+    with pytest.raises(UserError, match=r"m\.png holds \d+ values, .*smoothed"):
+        scan([path])

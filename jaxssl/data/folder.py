@@ -20,7 +20,7 @@ from jaxssl.data.masks import ClassTable
 
 CLASSES_FILE = "classes.txt"
 SAMPLE = 200
-"""Images whose size is looked at, and masks whose palette is."""
+"""Images whose size is looked at, and masks whose palette is, or whether they hold 0 and 1."""
 
 _T = TypeVar("_T")
 _ANNOUNCED = 300  # so many masks take a second or more
@@ -166,10 +166,11 @@ def class_table(config_data: Mapping[str, Any], tree: Tree) -> tuple[ClassTable,
     elif path.exists():
         lines, where = _read_lines(path), str(path)
     else:
-        lines, note = masks.infer(_seen(config_data, tree), ignore)
+        what = f"what the classes are. A {CLASSES_FILE} saves this"
+        lines, note = masks.infer(_scan(_mask_paths(config_data, tree), what), ignore)
         return masks.parse(lines, ignore, f"the masks in {tree.root}"), (note,)
     table = masks.parse(lines, ignore, where)
-    if table.values == (0, 1) and masks.is_binary(_seen(config_data, tree), ignore):
+    if table.values == (0, 1) and _black_and_white(_mask_paths(config_data, tree), ignore):
         note = f"the masks hold 0 and 255 alone: 255 is {table.names[1]}"
         return dataclasses.replace(table, values=(0, 255)), (note,)
     if masks.parse(lines, (), where).values != table.values:
@@ -239,8 +240,16 @@ def _mask_paths(config_data: Mapping[str, Any], tree: Tree) -> list[Path]:
     return [tree.root / path for path in (*paths, *tree.val_labels.values())]
 
 
-def _seen(config_data: Mapping[str, Any], tree: Tree) -> masks.Seen:
-    return _scan(tuple(_stamp(path) for path in _mask_paths(config_data, tree)))
+def _black_and_white(paths: Sequence[Path], ignore: Sequence[int]) -> bool:
+    """Whether masks hold 0 and 255 alone. All are looked at only if a sample does."""
+    what = f"whether 255 is a class. The values 0 and 255 in {CLASSES_FILE} save this"
+    sample = _scan(_some(paths), what)
+    return sample.ids.keys() <= {0, 255} and masks.is_binary(_scan(paths, what), ignore)
+
+
+def _scan(paths: Sequence[Path], what: str) -> masks.Seen:
+    """Looks at masks to see `what`; once in a process, as long as they stay as they are."""
+    return _scan_stamped(tuple(_stamp(path) for path in paths), what)
 
 
 def _stamp(path: Path) -> tuple[Path, int, int]:
@@ -252,15 +261,9 @@ def _stamp(path: Path) -> tuple[Path, int, int]:
 
 
 @functools.lru_cache(maxsize=2)
-def _scan(stamped: tuple[tuple[Path, int, int], ...]) -> masks.Seen:
-    """Looks at masks once in a process, as long as they stay as they are."""
+def _scan_stamped(stamped: tuple[tuple[Path, int, int], ...], what: str) -> masks.Seen:
     if len(stamped) >= _ANNOUNCED:
-        print(
-            f"Looking at {len(stamped)} masks to see what the classes are. A {CLASSES_FILE} saves "
-            "this.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"Looking at {len(stamped)} masks to see {what}.", file=sys.stderr, flush=True)
     return masks.scan([path for path, _, _ in stamped])
 
 

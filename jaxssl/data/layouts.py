@@ -8,7 +8,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
@@ -16,11 +17,16 @@ from jaxssl.contracts import UserError
 from jaxssl.data.splits import seeded_order
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
-LABEL_FOLDERS = ("labels", "label", "masks", "mask", "annotations", "SegmentationClass")
+# Annotations last: beside SegmentationClass/, PASCAL VOC keeps boxes there.
+LABEL_FOLDERS = ("labels", "label", "masks", "mask", "SegmentationClass", "annotations")
 PAIR_ENDS = ("annot", "_labels", "_label", "_masks", "_mask")
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation")
-UNLABELED = "unlabeled"
+TRAIN, VAL, UNLABELED = "train", "val", "unlabeled"
+PARTS = {
+    TRAIN: ("train", "training"),
+    VAL: ("val", "valid", "validation"),
+    UNLABELED: ("unlabeled",),
+}
+"""Part -> names of its folder; with ".txt" behind, of its list."""
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm"}
 )
@@ -46,14 +52,28 @@ HELD_OUT = 10
 HELP = """A folder may hold
   images/ and labels/ with the same file names, for validation val/images/ and val/labels/ (or
     images/train/, images/val/, labels/train/, labels/val/), and unlabeled/ with more images; or
-  train/ and trainannot/, val/ and valannot/, and unlabeled/; or
-  train.txt, val.txt and unlabeled.txt with a line "IMAGE MASK" or "IMAGE" for each, paths in the
-    folder; or with names of files in images/ and labels/, a line each."""
+  train/ and trainannot/, val/ and valannot/, and unlabeled/.
+A list train.txt, val.txt or unlabeled.txt counts before the folders of its part: with a line
+"IMAGE MASK" or "IMAGE" for each image, paths in the folder; or with names of files in images/ and
+labels/, a line each."""
 
 Files: TypeAlias = dict[str, str]
 """Id -> path in the root."""
 
 _Entry: TypeAlias = tuple[str, str, str | None]  # id, image, mask
+_Folders: TypeAlias = tuple[str, str | None]  # of images, of masks
+
+_PART_OF = {
+    f"{name}{end}": part
+    for part, names in PARTS.items()
+    for name in names
+    for end in ("", ".txt", *PAIR_ENDS)
+}
+_EXPECTED = {
+    VAL: "expected are val/images/ and val/labels/, val/ and valannot/, images/val/ and "
+    "labels/val/, or a list val.txt",
+    UNLABELED: "expected are images in unlabeled/, or a list unlabeled.txt",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +99,25 @@ class Tree:
     notes: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Images, masks of those that have one, and where both were found."""
+
+    images: Files
+    labels: Files
+    where: str
+
+
 def find(root: str | Path) -> Tree:
     """Finds the files of a data set.
 
+    Training, validation and unlabeled images each come from their list, or where there is none,
+    from their folders, less what another part has; what is named like a list or folder of a part
+    and is not used gets a note. Where nothing is there for validation, a tenth of the labeled
+    images is held out, always the same.
+
     An id is an image's path in its folder, without suffix; behind "unlabeled/" or "val/" for images
-    there; with list files of paths, the path in the root. Where nothing is there for validation, a
-    tenth of the labeled images is held out, always the same.
+    there; with list files of paths, the path in the root.
 
     Raises:
       UserError: there is no such folder or no layout is recognized; a mask has no image, or two
@@ -95,13 +128,67 @@ def find(root: str | Path) -> Tree:
     path = Path(root).expanduser()
     if not path.is_dir():
         raise UserError(f"There is no folder {path}. Set --config.data.root=DIR.\n{HELP}")
-    tree = _train_pair(path) or _lists(path) or _image_folders(path)
-    if tree is None:
+    parts = _parts(path)
+    if TRAIN not in parts:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise UserError(f"No images and masks were recognized in {path}: there is {found}.\n{HELP}")
-    if not tree.labels:
-        raise UserError(f"No training image in {path} has a mask ({tree.layout}).\n{HELP}")
+    tree = _tree(path, parts)
     return tree if tree.val_images else _hold_out(tree)
+
+
+def _parts(root: Path) -> dict[str, _Part]:
+    folders = {part: found for part in PARTS if (found := _folders(root, part))}
+    parts: dict[str, _Part] = {}
+    for part in PARTS:
+        if name := _first(root, (f"{name}.txt" for name in PARTS[part]), Path.is_file):
+            parts[part] = _read_list(root, name, part, folders.get(part))
+    for part in (VAL, UNLABELED, TRAIN):  # in images/ of training may be the others
+        if part in folders and part not in parts:
+            taken = {path for other in parts.values() for path in other.images.values()}
+            found = _read_folders(root, part, folders[part], taken)
+            if found.images or part == TRAIN:
+                parts[part] = found
+    return parts
+
+
+def _tree(root: Path, parts: Mapping[str, _Part]) -> Tree:
+    nothing = _Part({}, {}, "")
+    train, val, more = (parts.get(part, nothing) for part in (TRAIN, VAL, UNLABELED))
+    for what, part in (("training", train), ("validation", val)):
+        if part.where and not part.labels:
+            raise UserError(
+                f"No {what} image in {root} has a mask ({part.where}). Add masks.\n{HELP}"
+            )
+    images, layout, notes = train.images, train.where, _unused(root, parts)
+    if more.images:
+        images, layout = images | more.images, f"{layout}, unlabeled images in {more.where}"
+    if val.images:
+        layout = f"{layout}, validation in {val.where}"
+    if left_out := len(val.images) - len(val.labels):
+        notes.append(f"{left_out} images in {val.where} have no mask and are left out")
+    val_images = {image_id: val.images[image_id] for image_id in val.labels}
+    return Tree(root, layout, images, train.labels, val_images, val.labels, tuple(notes))
+
+
+def _unused(root: Path, parts: Mapping[str, _Part]) -> list[str]:
+    """A sentence for each list and folder with a name that means something, in the root or in
+    images/ and labels/, of which no file is used.
+    """
+    files = [p for part in parts.values() for p in (*part.images.values(), *part.labels.values())]
+    used = {str(place) for file in files for place in PurePosixPath(file).parents}
+    used |= {part.where for part in parts.values()}  # lists
+    halves = dict.fromkeys((name.lower() for name in (*IMAGE_FOLDERS, *LABEL_FOLDERS)), TRAIN)
+    notes = []
+    for folder in ("", *(_pair(root, "") or ())):
+        known = _PART_OF if folder else _PART_OF | halves
+        for inner in sorted(n for n in os.listdir(root / folder) if n.lower() in known):
+            part, name = known[inner.lower()], str(PurePosixPath(folder, inner))
+            listed = name.endswith(".txt")
+            if name not in used and (root / name).is_file() == listed:
+                found = parts.get(part)
+                where = f"the {part} images are in {found.where}" if found else _EXPECTED[part]
+                notes.append(f"{name}{'' if listed else '/'} is not used: {where}")
+    return notes
 
 
 def _hold_out(tree: Tree) -> Tree:
@@ -121,77 +208,44 @@ def _hold_out(tree: Tree) -> Tree:
     )
 
 
-def _train_pair(root: Path) -> Tree | None:
-    """`train/` beside `trainannot/`, and the same for validation."""
-    labels = _first(root, (f"train{end}" for end in PAIR_ENDS))
-    images = _first(root, TRAIN_NAMES)
-    if images is None or labels is None:
+def _folders(root: Path, part: str) -> _Folders | None:
+    """The folders of a part.
+
+    Of "train", they are `train/` and `trainannot/`, `images/train/` and `labels/train/`,
+    `train/images/` and `train/labels/`, or `images/` and `labels/`; "val" is named likewise.
+    Unlabeled images stand in the root, or beside those for training.
+    """
+    names = PARTS[part]
+    folder, whole = _first(root, names), _pair(root, "")
+    if part == UNLABELED:
+        for place in ("", *(whole or ())[:1], _first(root, PARTS[TRAIN]) or ""):
+            if found := _first(root / place, names):
+                images = _first(root / place / found, IMAGE_FOLDERS) or ""
+                return str(PurePosixPath(place, found, images)), None
         return None
-    val = _first(root, VAL_NAMES)
-    val_labels = val and _first(root, (f"{val}{end}" for end in PAIR_ENDS))
-    return _tree(root, (images, labels), (val, val_labels) if val and val_labels else None)
+    beside = _first(root, (f"{name}{end}" for name in names for end in PAIR_ENDS))
+    if folder and beside:
+        return folder, beside
+    inner = [f"{half}/{name}" for half in whole or () if (name := _first(root / half, names))]
+    if len(inner) == 2:
+        return inner[0], inner[1]
+    return (folder and _pair(root, folder)) or (whole if part == TRAIN else None)
 
 
-def _image_folders(root: Path) -> Tree | None:
-    """`images/` beside `labels/`, in the root or in `train/`, or with `train/` in each."""
-    train = _first(root, TRAIN_NAMES)
-    pair = _pair(root, "") or (_pair(root, train) if train else None)
-    if pair is None:
-        return None
-    inner = [_first(root / part, TRAIN_NAMES) for part in pair]
-    if all(inner):
-        val = [_first(root / part, VAL_NAMES) for part in pair]
-        val_pair = (f"{pair[0]}/{val[0]}", f"{pair[1]}/{val[1]}") if all(val) else None
-        return _tree(root, (f"{pair[0]}/{inner[0]}", f"{pair[1]}/{inner[1]}"), val_pair)
-    val = _first(root, VAL_NAMES)
-    return _tree(root, pair, _pair(root, val) if val else None)
-
-
-def _tree(root: Path, train: tuple[str, str], val: tuple[str, str] | None) -> Tree:
-    images, labels = _match(root, *train)
-    layout = f"{train[0]}/ with masks in {train[1]}/"
-    beside = (PurePosixPath(UNLABELED), PurePosixPath(train[0]).parent / UNLABELED)
-    folder = next((str(f) for f in beside if (root / f).is_dir()), None)
-    if folder is not None:
-        inner = _first(root / folder, IMAGE_FOLDERS)
-        folder = f"{folder}/{inner}" if inner else folder
-        found = _list_files(root, folder)
-        images = images | {f"{UNLABELED}/{i}": path for i, path in found.items()}
-        layout += f", unlabeled images in {folder}/"
-    tree = Tree(root, layout, images, labels, {}, {})
-    return tree if val is None else _with_val(tree, *_match(root, *val), f"{val[0]}/")
-
-
-def _with_val(tree: Tree, images: Files, labels: Files, where: str) -> Tree:
-    """Adds validation; its images without a mask are of no use."""
-    notes = tree.notes
-    if left_out := len(images) - len(labels):
-        notes = (*notes, f"{left_out} images in {where} have no mask and are left out")
-    if not labels:
-        raise UserError(f"No image in {tree.root / where} has a mask. Add them, or rename it.")
-    prefix = "" if where.endswith(".txt") else "val/"
-    return dataclasses.replace(
-        tree,
-        layout=f"{tree.layout}, validation in {where}",
-        val_images={f"{prefix}{i}": images[i] for i in labels},
-        val_labels={f"{prefix}{i}": path for i, path in labels.items()},
-        notes=notes,
+def _read_folders(root: Path, part: str, folders: _Folders, taken: Collection[str] = ()) -> _Part:
+    image_folder, label_folder = folders
+    if label_folder is None:
+        images, labels, where = _list_files(root, image_folder), {}, f"{image_folder}/"
+    else:
+        images, labels = _match(root, image_folder, label_folder)
+        where = f"{image_folder}/ with masks in {label_folder}/"
+    prefix = "" if part == TRAIN else f"{part}/"
+    left = {i: path for i, path in images.items() if path not in taken}
+    return _Part(
+        {f"{prefix}{i}": path for i, path in left.items()},
+        {f"{prefix}{i}": path for i, path in labels.items() if i in left},
+        where,
     )
-
-
-def _lists(root: Path) -> Tree | None:
-    """`train.txt` and its like, with a line for each image."""
-    if not (root / "train.txt").is_file():
-        return None
-    named = _named(root, "train.txt")
-    images, labels = _read_list(root, "train.txt", named)
-    layout = "the list train.txt"
-    if (root / f"{UNLABELED}.txt").is_file():
-        more, _ = _read_list(root, f"{UNLABELED}.txt", named)
-        images, layout = images | more, f"{layout}, unlabeled images in {UNLABELED}.txt"
-    tree = Tree(root, layout, images, labels, {}, {})
-    val = next((f"{name}.txt" for name in VAL_NAMES if (root / f"{name}.txt").is_file()), None)
-    return tree if val is None else _with_val(tree, *_read_list(root, val, named), val)
 
 
 def _lines(path: Path) -> dict[int, str]:
@@ -203,25 +257,34 @@ def _lines(path: Path) -> dict[int, str]:
     return {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
 
 
-def _named(root: Path, name: str) -> dict[str, _Entry]:
-    """What names in `images/` mean, with and without suffix, if a list begins with one."""
-    pair, first = _pair(root, ""), next(iter(_lines(root / name).values()), "")
-    if pair is None or (root / first).is_file():
+def _named(root: Path, name: str, part: str, folders: _Folders | None) -> dict[str, _Entry]:
+    """What names of files, with and without suffix, mean if a list begins with one: in the folders
+    of its part, or in `images/`.
+    """
+    first = next(iter(_lines(root / name).values()), "")
+    if _inside(root, first):
         return {}
+    for owner, pair in dict.fromkeys(((part, folders), (TRAIN, _pair(root, "")))):
+        paths = _list_files(root, pair[0]).values() if pair else ()
+        if pair and any(first in _names(path, pair[0]) for path in paths):
+            found = _read_folders(root, owner, pair)
+            return {
+                name: (image_id, path, found.labels.get(image_id))
+                for image_id, path in found.images.items()
+                for name in _names(path, pair[0])
+            }
+    return {}
 
-    def names(files: Files) -> dict[str, str]:
-        paths = {str(PurePosixPath(path).relative_to(pair[0])): i for i, path in files.items()}
-        return paths | {i: i for i in files}
 
-    if first not in names(_list_files(root, pair[0])):
-        return {}
-    images, labels = _match(root, *pair)
-    return {name: (i, images[i], labels.get(i)) for name, i in names(images).items()}
+def _names(path: str, folder: str) -> tuple[str, str]:
+    inner = PurePosixPath(path).relative_to(folder)
+    return str(inner), str(inner.with_suffix(""))
 
 
-def _read_list(root: Path, name: str, named: Mapping[str, _Entry]) -> tuple[Files, Files]:
+def _read_list(root: Path, name: str, part: str, folders: _Folders | None) -> _Part:
     images: Files = {}
     labels: Files = {}
+    named = _named(root, name, part, folders)
     for number, line in _lines(root / name).items():
         where = f"{root / name}, line {number}"
         image_id, image, label = named.get(line) or _split_line(root, line, where)
@@ -230,31 +293,35 @@ def _read_list(root: Path, name: str, named: Mapping[str, _Entry]) -> tuple[File
             labels[image_id] = label
     if not images:
         raise UserError(f"The list {root / name} names no image. Delete it, or add lines.")
-    return dict(sorted(images.items())), dict(sorted(labels.items()))
+    return _Part(dict(sorted(images.items())), dict(sorted(labels.items())), name)
 
 
 def _split_line(root: Path, line: str, where: str) -> _Entry:
     """Image and mask of a line; names may hold spaces, so the files decide where it is split."""
-    if (root / line).is_file():
-        return _entry(line, None, where)
-    places = [i for i, character in enumerate(line) if character in " \t,"]
-    for i in places:
-        image, label = line[:i].strip(), line[i + 1 :].strip()
-        if image and label and (root / image).is_file() and (root / label).is_file():
-            return _entry(image, label, where)
-    missing = next((w for w in line.split() if not (root / w).is_file()), line)
+    ends = [len(line), *(i for i, character in enumerate(line) if character in " \t,")]
+    for i in ends:
+        image, label = _inside(root, line[:i].strip()), _inside(root, line[i + 1 :].strip())
+        if image and (label or i == len(line)):
+            return str(PurePosixPath(image).with_suffix("")), image, label
+    missing = next((w for w in line.split() if not _inside(root, w)), line)
     raise UserError(
         f'{where}: there is no file {missing!r} in {root}. A line is "IMAGE MASK" or "IMAGE", as '
-        "paths in that folder; or, in all lines, the name of a file in images/ and labels/."
+        "paths in that folder; or, in all lines, the name of a file in images/ and labels/. "
+        "Without the list, folders count."
     )
 
 
-def _entry(image: str, label: str | None, where: str) -> _Entry:
-    for path in (image, label or ""):
-        if PurePosixPath(path).is_absolute():
-            raise UserError(f"{where}: {path} is absolute. Give paths in the folder of the list.")
-    path = PurePosixPath(image)
-    return str(path.with_suffix("")), str(path), label and str(PurePosixPath(label))
+def _inside(root: Path, path: str) -> str | None:
+    """The file in the root that a path of a list means.
+
+    Of an absolute path it is the longest end that is there: published lists begin with the folders
+    of another machine.
+    """
+    ends = [path]
+    if path.startswith("/"):
+        head = re.split(r"[\s,]", path)[0]  # behind it, another path may begin
+        ends = [path[i:].lstrip("/") for i, character in enumerate(head) if character == "/"]
+    return next((str(PurePosixPath(end)) for end in ends if (root / end).is_file()), None)
 
 
 def _match(root: Path, image_folder: str, label_folder: str) -> tuple[Files, Files]:
@@ -322,12 +389,15 @@ def _pair(root: Path, folder: str) -> tuple[str, str] | None:
     return str(PurePosixPath(folder) / images), str(PurePosixPath(folder) / labels)
 
 
-def _first(folder: Path, names: Iterable[str]) -> str | None:
+def _first(
+    folder: Path, names: Iterable[str], kind: Callable[[Path], bool] = Path.is_dir
+) -> str | None:
     """The first of some names that is a folder, as it is spelled on disk; case does not matter."""
     if not folder.is_dir():
         return None
-    there = {entry.name.lower(): entry.name for entry in folder.iterdir() if entry.is_dir()}
-    return next((there[name.lower()] for name in names if name.lower() in there), None)
+    there = {name.lower(): name for name in os.listdir(folder)}
+    found = (there[name.lower()] for name in names if name.lower() in there)
+    return next((name for name in found if kind(folder / name)), None)
 
 
 def _without(name: str, ends: tuple[str, ...]) -> str:

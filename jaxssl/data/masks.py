@@ -31,8 +31,8 @@ MOST_CLASSES = 254
 """Labels are bytes: 255 is the pixel to ignore, and 254 is kept for values that are no class."""
 
 MOST_COLORS = 64
-"""More colors, or values in one mask, are not taken for classes: they are smoothed edges, or a
-photograph.
+"""More colors are not taken for classes: they are smoothed edges, or a photograph; nor are more
+values in one mask, where they stand as smoothing makes them.
 """
 
 MOST_IDS = 200
@@ -42,6 +42,8 @@ MOST_VALUE = 65535
 """The highest value that a mask of 16 bits holds."""
 
 _FOREIGN = 254
+_SHOWN = 10  # masks that are named of those that are refused
+_THIN = 0.25  # see _smoothed
 _RGB = tuple[int, int, int]
 _Palettes = Mapping[tuple[int, _RGB], Path]
 _LINE = re.compile(
@@ -98,6 +100,11 @@ class ClassTable:
         return tuple(
             f"{value} {name} {_hex(rgb) if rgb else ''}".strip() for value, name, rgb in rows
         )
+
+    @property
+    def uncolored(self) -> tuple[str, ...]:
+        """Names of the classes without a color."""
+        return tuple(n for n, rgb in zip(self.names, self.colors, strict=True) if rgb is None)
 
     def labels_of_values(self) -> dict[int, int]:
         """Value -> label; a class stands above a value to ignore."""
@@ -202,7 +209,7 @@ def infer(seen: Seen, ignore: Sequence[int]) -> tuple[list[str], str]:
         lines = ["0 background #000000", "255 foreground #ffffff"]
         return lines, "the masks hold 0 and 255 alone: 0 is background, 255 foreground"
     found = sorted(seen.ids.keys() - set(ignore))
-    _refuse_ids(found, seen.ids)
+    _refuse_ids(found, seen.ids, ignore)
     apart = _far_apart(found)
     kept = found if apart else [i for i in range(found[-1] + 1) if i not in ignore]
     colors = {} if _gray(color for _, color in seen.palettes) else dict(seen.palettes.keys())
@@ -225,18 +232,24 @@ def check_palettes(paths: Sequence[Path], table: ClassTable) -> tuple[str, ...]:
       table: of classes.
 
     Returns:
-      A sentence for people where colors decide, as `read` says; else none.
+      A sentence for people where colors decide, as `read` says, or where masks hold colors and
+      some classes have none; else none.
 
     Raises:
       UserError: palettes differ, and some of their colors are not in the table.
     """
     palettes: dict[tuple[int, _RGB], Path] = {}
+    colored = False
     with ThreadPoolExecutor() as pool:
-        for path, palette in zip(paths, pool.map(_palette_of, paths), strict=True):
+        for path, (palette, colors) in zip(paths, pool.map(_colors_of, paths), strict=True):
             palettes = dict.fromkeys(palette.items(), path) | palettes
+            colored |= colors
     _refuse_differing(palettes, table.labels_of_colors().keys())
     if _shows_other_classes(palettes, table):
         return ("palettes of masks number the classes in their own ways: their colors count",)
+    if colored and table.uncolored:
+        names = _listed(table.uncolored)
+        return (f"masks hold colors, in which classes without one are not found: {names}",)
     return ()
 
 
@@ -269,18 +282,22 @@ def scan(paths: Sequence[Path]) -> Seen:
     """Looks at masks, several at a time. Those that cannot be read are left out.
 
     Raises:
-      UserError: a mask has a format that keeps no exact values, or far too many values or colors;
+      UserError: masks have a format that keeps no exact values, or far too many values or colors;
         or none can be read.
     """
-    values, colors, palettes, unreadable = {}, {}, {}, []
+    values, colors, palettes, unreadable, refused = {}, {}, {}, [], []
     with ThreadPoolExecutor() as pool:
         for seen in pool.map(_look, paths):
-            if isinstance(seen, UnreadableError):
-                unreadable.append(seen)
+            if isinstance(seen, UserError):
+                (unreadable if isinstance(seen, UnreadableError) else refused).append(seen)
                 continue
             values = {**seen.values, **values}
             colors = {**seen.colors, **colors}
             palettes = {**seen.palettes, **palettes}
+    if refused:
+        shown = "".join(f"\n  {error}" for error in refused[:_SHOWN])
+        more = f"\n  and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        raise UserError(f"{len(refused)} of {len(paths)} masks are refused:{shown}{more}")
     if unreadable and len(unreadable) == len(paths):
         raise UserError(f"None of {len(paths)} masks can be read. {unreadable[0]}")
     return Seen(values, colors, palettes)
@@ -308,7 +325,7 @@ def _far_apart(values: Sequence[int]) -> bool:
     return values[-1] >= 8 * len(values) and min(gaps, default=8) >= 8
 
 
-def _refuse_ids(found: Sequence[int], files: Mapping[int, Path]) -> None:
+def _refuse_ids(found: Sequence[int], files: Mapping[int, Path], ignore: Sequence[int]) -> None:
     """Refuses values of masks if what is left of them, less those to ignore, cannot be classes."""
     if not found or found == [0]:
         raise UserError(
@@ -320,6 +337,7 @@ def _refuse_ids(found: Sequence[int], files: Mapping[int, Path]) -> None:
             f"The mask {files[found[-1]]} holds the value {found[-1]}. Ids of classes are 0 to "
             f"{MOST_CLASSES - 1}. If these are instances, export masks of classes; if they are "
             "classes, write classes.txt with a line for each: 1000 road."
+            f"{_suggest_ignore(found, ignore)}"
         )
     last, apart = max(files), _far_apart(found)
     if apart and last != found[-1]:
@@ -328,9 +346,25 @@ def _refuse_ids(found: Sequence[int], files: Mapping[int, Path]) -> None:
             f'ignored, as data.ignore says? Write classes.txt with a line for each: "{found[0]} '
             f'NAME" and so on, and "{last} NAME" or "{last} ignore".'
         )
-    if not apart and found[-1] >= MOST_COLORS and not found[-1] / 2 < len(found) <= MOST_IDS:
+    if not apart and not _dense(found):
         what = f"The masks hold {len(found)} values up to {found[-1]}: {_listed(found)}"
-        raise UserError(_too_many(f"{what}. The last is in {files[found[-1]]}", "7 road"))
+        what = f"{what}. The last is in {files[found[-1]]}"
+        raise UserError(_too_many(what, "7 road") + _suggest_ignore(found, ignore))
+
+
+def _dense(found: Sequence[int]) -> bool:
+    """Whether ids are few, or most of those up to the highest are there."""
+    return found[-1] < MOST_COLORS or found[-1] / 2 < len(found) <= MOST_IDS
+
+
+def _suggest_ignore(found: Sequence[int], ignore: Sequence[int]) -> str:
+    """What to ignore, where the highest values stand alone above ids of classes."""
+    for count in (1, 2, 3):  # compression leaves more of them
+        ids, above = found[:-count], found[-count:]
+        if len(ids) > 1 and _dense(ids):
+            wanted = ",".join(map(str, (*ignore, *above)))
+            return f" To ignore {_listed(above)}, add --config.data.ignore={wanted}."
+    return ""
 
 
 def _too_many(what: str, line: str) -> str:
@@ -479,19 +513,25 @@ def _foreign(path: Path, pixels: np.ndarray, table: ClassTable) -> ForeignValues
             text = f"class id {_listed(names)}. Export it with ids from 0 to {MOST_VALUE}."
     else:
         names = [f"#{value:06x}" for value in values]
+        advice = f'Write a line for each into classes.txt: "NAME {names[0]}"'
+        if bare := table.uncolored:  # a new line would be a new class
+            advice = (
+                f"None is given for {_listed(bare)}: append it to the line of each in classes.txt, "
+                f'such as "{bare[0]} {names[0]}"'
+            )
         text = (
-            f"color {_listed(names)}. {len(table.labels_of_colors())} colors are known. Write a "
-            f'line for each into classes.txt: "NAME {names[0]}", or "ignore {names[0]}" if it is '
-            "no class. Begin it with a free value where the others begin with values."
+            f"color {_listed(names)}. {len(table.labels_of_colors())} colors are known. {advice}; "
+            f'or "ignore {names[0]}" if it is no class. Begin a new line with a free value where '
+            "the others begin with values."
         )
     counts = dict(zip(names, numbers.tolist(), strict=True))
     return ForeignValuesError(f"The mask {path} holds the {text}", counts)
 
 
-def _look(path: Path) -> Seen | UnreadableError:
+def _look(path: Path) -> Seen | UserError:
     try:
         image = _open(path)
-    except UnreadableError as error:
+    except UserError as error:
         return error
     if image.mode.startswith("I"):
         return Seen(values=dict.fromkeys(np.unique(np.asarray(image)).tolist(), path))
@@ -501,10 +541,10 @@ def _look(path: Path) -> Seen | UnreadableError:
         image = image.convert("RGB")
     counted = image.getcolors(256)
     found: list[Any] = [value for _, value in counted or ()]
-    if counted is None or len(found) > MOST_COLORS:
+    if counted is None or (len(found) > MOST_COLORS and _smoothed(np.asarray(image))):
         values, colors = f"{len(found)} values, {_listed(found)}", f"more than {MOST_COLORS} colors"
         what, line = (colors, "road 128 64 128") if image.mode == "RGB" else (values, "7 road")
-        raise UserError(_too_many(f"The mask {path} holds {what}", line))
+        return UserError(_too_many(f"The mask {path} holds {what}", line))
     if image.mode == "RGB":
         return Seen(colors=dict.fromkeys(found, path))
     palette = _palette(image)
@@ -512,11 +552,33 @@ def _look(path: Path) -> Seen | UnreadableError:
     return Seen(dict.fromkeys(values, path), palettes=dict.fromkeys(palette.items(), path))
 
 
-def _palette_of(path: Path) -> dict[int, _RGB]:
+def _smoothed(pixels: np.ndarray) -> bool:
+    """Whether values `[h,w]`, or colors `[h,w,3]`, pass into one another at borders.
+
+    Objects have an extent, while smoothing, scaling and compression draw lines of other values
+    around them. So of the pixels at a border, those in no block of 2x2 equal ones are counted, but
+    for the most frequent value of these, which may outline objects. In masks they are a fifth at
+    most, even where a hundred objects share 64x64 pixels; in smoothed ones a third and more.
+    """
+    values = pixels if pixels.ndim == 2 else _pack(pixels)
+    padded = np.pad(values, 1, mode="edge")
+    same, below = padded[:, 1:] == padded[:, :-1], padded[1:] == padded[:-1]
+    blocks = same[1:] & same[:-1] & below[:, 1:]
+    height, width = values.shape
+    around = np.stack([blocks[y : y + height, x : x + width] for y in (0, 1) for x in (0, 1)])
+    _, thin = np.unique(values[~around.any(0)], return_counts=True)
+    return thin.sum() - thin.max(initial=0) > _THIN * (~around.all(0)).sum()
+
+
+def _colors_of(path: Path) -> tuple[dict[int, _RGB], bool]:
+    """The palette of a mask, and whether it holds colors itself."""
     try:
-        return _palette(_open(path))
+        image = _open(path)
     except UserError:
-        return {}
+        return {}, False
+    pixels = np.asarray(image)
+    gray = image.mode not in ("RGB", "RGBA") or (pixels[..., 1:3] == pixels[..., :1]).all()
+    return _palette(image), not gray
 
 
 def _palette(image: Image.Image) -> dict[int, _RGB]:

@@ -83,8 +83,8 @@ def fastest_form(shape: tuple[int, ...], *, dilation: int, groups: int) -> Form:
     """The form that is fastest on this backend for a kernel of `shape` `[kh,kw,I/groups,O]`.
 
     XLA's CPU convolutions are slow where they are depthwise, 1x1, or wide and far dilated: there
-    the other forms take between a hundredth and two thirds of the time, with the gradient
-    (benchmarks/depthwise.py). Elsewhere XLA's own is taken, unmeasured; the gradient of grouped
+    the other forms take about a fiftieth, two thirds and a quarter of the time, with the gradient
+    (benchmarks/convolutions.py). Elsewhere XLA's own is taken, unmeasured; the gradient of grouped
     convolutions has been slow on GPUs (jax-ml/jax#13800).
     """
     height, width, inputs, outputs = shape
