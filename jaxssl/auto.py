@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,20 @@ SAMPLE = 50
 """Images of a split that are opened for their sizes, where that takes reading all of them."""
 
 
-def resolve(config: Config, workdir: str | Path | None, say: Callable[[str], None]) -> Config:
+@dataclasses.dataclass(frozen=True)
+class Given(Facts):
+    """What settings follow from.
+
+    Attributes:
+      devices: that share a batch, those of all processes.
+    """
+
+    devices: int = 1
+
+
+def resolve(
+    config: Config, workdir: str | Path | None, say: Callable[[str], None], devices: int = 1
+) -> Config:
     """Decides what a config with `limits` leaves open: by the data; in a workdir as its run did, so
     that it goes on as it began.
 
@@ -37,6 +51,7 @@ def resolve(config: Config, workdir: str | Path | None, say: Callable[[str], Non
       config: is not changed. What it says itself stays.
       workdir: of the run to go on with; None looks at the data alone.
       say: prints a line.
+      devices: that share a batch, those of all processes.
 
     Raises:
       UserError: as `config.check`; the data are missing or wrong, or the classes were edited.
@@ -50,7 +65,7 @@ def resolve(config: Config, workdir: str | Path | None, say: Callable[[str], Non
         _refuse_other_classes(config.data, before["data.classes"], stored)
         return _filled(config, before)
     facts = folder.look(config.data) if config.data.name == "folder" else _look(config.data)
-    result, lines = choose(config, facts)
+    result, lines = choose(config, facts, devices)
     for line in (*facts.notes, *lines):
         say(line)
     return result
@@ -110,20 +125,21 @@ def _sizes(source: Source) -> list[tuple[int, int]]:
         return [found for found in pool.map(size, range(0, len(source), every)) if found]
 
 
-def choose(config: Config, facts: Facts) -> tuple[Config, list[str]]:
+def choose(config: Config, facts: Facts, devices: int = 1) -> tuple[Config, list[str]]:
     """Decides what a config leaves open by what the data are; pure.
 
     Args:
       config: its `limits` bound the sides of the `crop`, the `batch` and the `steps`.
       facts: of the data.
+      devices: that share a batch.
 
     Returns:
       The config, and what was chosen and why, a line each.
     """
-    lines = []
+    given, lines = Given(**vars(facts), devices=devices), []
     for key, rule in RULES.items():
         if _is_open(_get(config, key)):
-            value, why = rule(config, facts)
+            value, why = rule(config, given)
             config = _filled(config, {key: value})
             if value is not None:
                 lines.append(f"chosen from the data: {key} {_words(value)} ({why})")
@@ -145,16 +161,31 @@ def _crop(config: Config, facts: Facts) -> tuple[tuple[int, int], str]:
     return (height, width), f"images are {size_range(facts.sizes)}"
 
 
-def _batch(config: Config, facts: Facts) -> tuple[int, str]:
+def _batch(config: Config, given: Given) -> tuple[int, str]:
     """For all methods alike: what learns from the labels alone stays comparable."""
-    images = min(facts.labeled, config.limits.batch)
-    return _power_of_two(images), f"there are {facts.labeled} labeled images"
+    batch, note = _shared(config, given, given.labeled, config.limits.batch)
+    return batch, f"there are {given.labeled} labeled images{note}"
 
 
-def _unlabeled_batch(config: Config, facts: Facts) -> tuple[int, str]:
-    if not 0 < facts.unlabeled < config.batch.labeled:
+def _unlabeled_batch(config: Config, given: Given) -> tuple[int, str]:
+    if not 0 < given.unlabeled < config.batch.labeled:
         return config.batch.labeled, "as many as labeled ones"
-    return _power_of_two(facts.unlabeled), f"there are {facts.unlabeled} unlabeled images"
+    batch, note = _shared(config, given, given.unlabeled, config.batch.labeled)
+    return batch, f"there are {given.unlabeled} unlabeled images{note}"
+
+
+def _shared(config: Config, given: Given, images: int, limit: int) -> tuple[int, str]:
+    """A power of two within the limit, or what the devices can share instead, and a note on that:
+    the next such number, even beyond the limit, or the last one that there are images for.
+
+    Where images do not go round the devices, `sharding.check_batch` has to say so.
+    """
+    wanted = 1 << min(images, limit).bit_length() - 1
+    part = config.batch.accumulate * given.devices
+    fitting = min(-(-wanted // part), images // part) * part
+    if fitting in (0, wanted):
+        return wanted, ""
+    return fitting, f", and multiples of {part} split evenly"
 
 
 def _steps(config: Config, facts: Facts) -> tuple[int | None, str]:
@@ -199,7 +230,7 @@ def _classes(config: Config, facts: Facts) -> tuple[tuple[str, ...], str]:
     return facts.classes, f"{len(facts.classes)} classes"
 
 
-RULES: Mapping[str, Callable[[Config, Facts], tuple[Any, str]]] = {
+RULES: Mapping[str, Callable[[Config, Given], tuple[Any, str]]] = {
     "crop": _crop,
     "batch.labeled": _batch,
     "batch.unlabeled": _unlabeled_batch,
@@ -211,10 +242,6 @@ RULES: Mapping[str, Callable[[Config, Facts], tuple[Any, str]]] = {
     "data.classes": _classes,
 }
 """How each key that may be open is decided; later rules see what earlier ones decided."""
-
-
-def _power_of_two(most: int) -> int:
-    return 1 << most.bit_length() - 1
 
 
 def _filled(config: Config, values: Mapping[str, Any]) -> Config:

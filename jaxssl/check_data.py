@@ -2,29 +2,37 @@
 
 `python -m jaxssl.check_data --config=configs/mkd_folder.py --config.data.root=DIR` prints what is
 there and what is wrong. Exit code 0: training would start; 1: it would fail, with the reasons; 2:
-the config is wrong. Nothing is written.
+there is no such config or method. Nothing is written. Batches have to fit the devices that are
+seen here; JAX_PLATFORMS=cpu leaves GPUs and TPUs alone.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags, logging
 
-from jaxssl import auto, main, methods, phases
+from jaxssl import auto, main, methods, phases, sharding
 from jaxssl.config import Config
-from jaxssl.contracts import IGNORE_LABEL, DataInfo, Phase, Source, UnreadableError, UserError
-from jaxssl.data import loading, pipeline, quarantine
+from jaxssl.contracts import (
+    IGNORE_LABEL,
+    DataInfo,
+    Record,
+    Source,
+    UnreadableError,
+    UserError,
+)
+from jaxssl.data import loading, quarantine
 from jaxssl.data.masks import ForeignValuesError
-from jaxssl.data.transforms import Augment
 from jaxssl.logs import Console, create_console
 
 SHOWN = 10
@@ -48,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped before all was looked at.", file=sys.stderr)
+        return 130
 
 
 def check(config: Config, console: Console) -> int:
@@ -57,27 +68,43 @@ def check(config: Config, console: Console) -> int:
       UserError: the config's method is wrong.
     """
     method = methods.load(config.method)
+    images = sources = {}
+    reasons = []
     try:
-        config = auto.resolve(config, None, console.message)
-        _, sources = loading.training_sets(config.data)
-        sources["val"] = loading.load(config.data, "val", labels=True)
-        planned = method.phases(phases.make_plan(config, sources))
+        images = sources = _without_masks(config.data)
+        _, sources = phases.open_sources(config.data)
+        mesh = sharding.make_mesh()
+        config = auto.resolve(config, None, console.message, mesh.size)
+        phases.assemble(config, method, sources, mesh)
+        phases.find_weights(config, method)
     except UserError as error:
-        console.message(f"Training would fail: {error}")
-        return 1
-    found = {name: inspect(source, name, console) for name, source in sources.items()}
-    console.close()
-    info = sources["labeled"].info
-    console.table("Images", *_image_table(found))
-    console.table("Pixels of masks, in percent", *_class_table(found, info))
-    for line in _warnings(found, info, config):
-        console.message(f"Warning: {line}")
-    reasons = [*_fatal(found, config), *_unfit_batches(planned, sources, config)]
+        reasons.append(str(error))
+    if sources:
+        found = {name: inspect(sources[name], images[name], name, console) for name in sources}
+        console.close()
+        console.table("Images", *_image_table(found))
+        info, masks = sources["labeled"].info, sources is not images
+        if masks:
+            console.table("Pixels of masks, in percent", *_class_table(found, info))
+        else:
+            console.message("Warning: The masks were not compared with the images.")
+        for line in _warnings(found, info, config):
+            console.message(f"Warning: {line}")
+        reasons = [*_fatal(found, config, masks), *reasons]
     for line in reasons:
         console.message(f"Training would fail: {line}")
     if not reasons:
         console.message("Training would start.")
     return 1 if reasons else 0
+
+
+def _without_masks(data: Mapping[str, Any]) -> dict[str, Source]:
+    """The sets that training reads, without labels, which opens no mask."""
+    # Any two classes, but 0 and 1: else masks say what they are, which fails if one is wrong.
+    data = {**data, "classes": ("1 one", "2 other")}
+    split, sources = loading.training_sets(data)
+    labeled = loading.load(data, "train", False, split.labeled)
+    return {**sources, "labeled": labeled, "val": loading.load(data, "val", labels=False)}
 
 
 @dataclasses.dataclass
@@ -111,26 +138,30 @@ class Findings:
     foreign: list[Mapping[int | str, int]] = dataclasses.field(default_factory=list)
 
 
-def inspect(source: Source, name: str, console: Console) -> Findings:
+def inspect(source: Source, images: Source, name: str, console: Console) -> Findings:
     """Opens every image and mask of a source, several at a time.
 
     Args:
       source: with or without labels.
+      images: the same without.
       name: of the set, for the progress bar.
       console: shows progress.
     """
     found = Findings(source.ids)
     console.phase(name, len(source), unit="images")
-    with ThreadPoolExecutor() as pool:
-        looks = pool.map(lambda i: _look(source, i), range(len(source)))
+    pool = ThreadPoolExecutor()
+    try:
+        looks = pool.map(lambda i: _look(source, images, i), range(len(source)))
         for done, (image_id, look) in enumerate(zip(source.ids, looks, strict=True), 1):
-            _add(found, image_id, look)
+            _add(found, image_id, *look)
             console.step(done)
+    finally:
+        pool.shutdown(cancel_futures=True)  # else Ctrl-C would still read all that is left
     return found
 
 
 class _Look(NamedTuple):
-    """What one image and its mask are."""
+    """What one image is, and its mask if it was read."""
 
     size: tuple[int, int]
     gray: bool
@@ -138,11 +169,17 @@ class _Look(NamedTuple):
     pixels: np.ndarray
 
 
-def _look(source: Source, index: int) -> _Look | UserError:
+def _look(source: Source, images: Source, index: int) -> tuple[_Look | None, UserError | None]:
+    """What an image is, if it can be read, and what is wrong with it or its mask."""
     try:
-        record = source[index]
+        return _measure(source[index]), None
     except UserError as error:
-        return error
+        with contextlib.suppress(UserError):
+            return _measure(images[index]), error
+        return None, error
+
+
+def _measure(record: Record) -> _Look:
     image, label = record["image"], record.get("label", np.zeros(0, np.uint8))
     size = (image.shape[0], image.shape[1])
     return _Look(
@@ -153,11 +190,13 @@ def _look(source: Source, index: int) -> _Look | UserError:
     )
 
 
-def _add(found: Findings, image_id: str, look: _Look | UserError) -> None:
-    if isinstance(look, UserError):
-        (found.unreadable if isinstance(look, UnreadableError) else found.refused).append(str(look))
-        if isinstance(look, ForeignValuesError):
-            found.foreign.append(look.counts)
+def _add(found: Findings, image_id: str, look: _Look | None, error: UserError | None) -> None:
+    if error is not None:
+        wrong = found.unreadable if isinstance(error, UnreadableError) else found.refused
+        wrong.append(str(error))
+    if isinstance(error, ForeignValuesError):
+        found.foreign.append(error.counts)
+    if look is None:
         return
     found.sizes[look.size] += 1
     found.gray += look.gray
@@ -250,32 +289,20 @@ def _suggest_ignore(foreign: Sequence[Mapping[int | str, int]], config: Config) 
     )
 
 
-def _fatal(found: Mapping[str, Findings], config: Config) -> Iterator[str]:
-    """Why training would fail, as far as files are concerned."""
+def _fatal(found: Mapping[str, Findings], config: Config, masks: bool) -> Iterator[str]:
+    """Why training would fail, as far as files are concerned, `masks` among them or not."""
     for name, one in found.items():
         if one.refused:
             yield f"{len(one.refused)} of {len(one.ids)} of {name}: {_lines(one.refused)}"
         if one.unreadable and (name == "val" or _too_many(one, config)):
             yield f"{len(one.unreadable)} of {name} cannot be read: {_lines(one.unreadable)}"
-        if name != "unlabeled" and not one.pixels[:IGNORE_LABEL].any():
+        expected = masks and name != "unlabeled" and not one.refused
+        if expected and not one.pixels[:IGNORE_LABEL].any():
             yield f"No pixel of {name} has a class."
 
 
 def _too_many(found: Findings, config: Config) -> bool:
     return len(found.unreadable) > quarantine.allowed(config.data.max_damaged, len(found.ids))
-
-
-def _unfit_batches(
-    planned: Sequence[Phase], sources: Mapping[str, Source], config: Config
-) -> list[str]:
-    augment = Augment(tuple(config.crop), tuple(config.augment.scale), config.augment.flip)
-    reasons = []
-    for stream in {stream.name: stream for phase in planned for stream in phase.streams}.values():
-        try:
-            pipeline.check(pipeline.Feed(stream, sources[stream.name], augment), config.seed)
-        except UserError as error:
-            reasons.append(str(error))
-    return reasons
 
 
 def _few(items: Sequence[str]) -> str:

@@ -51,7 +51,9 @@ class Presentation:
             raise UserError(
                 f"Unknown eval.mode {self.mode!r}. There are: {', '.join(get_args(Mode))}."
             )
-        if self.mode in ("slide", "center_crop") and not _is_size(self.window):
+        # In any mode: a run may be evaluated by windows later.
+        windows = self.window or self.mode in ("slide", "center_crop")
+        if windows and not _is_size(self.window):
             raise UserError(
                 f"eval.window={self.window} is no size. Give height and width: 769,769."
             )

@@ -6,19 +6,31 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from jaxssl import auto, logs, methods, models, optim, sharding, startup, train, trained
 from jaxssl import config as configs
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.config import Config
-from jaxssl.contracts import DataInfo, Plan, Source, UserError, Variables, Weights
+from jaxssl.contracts import (
+    DataInfo,
+    Method,
+    Network,
+    Phase,
+    Plan,
+    Source,
+    UserError,
+    Variables,
+    Weights,
+)
 from jaxssl.data import loading, pipeline
 from jaxssl.data.splits import Split
 from jaxssl.evaluate import Evaluator
@@ -42,13 +54,15 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> int:
     stopwatch = logs.Stopwatch()
     startup.prepare_jax(config)
     path = Path(workdir).expanduser().absolute()
+    mesh = sharding.make_mesh()
     main_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(logs.create_console(main_process=main_process))
         stack.enter_context(stopwatch.counting_compilation())
         stop = stack.enter_context(StopSignal(jax.process_count()))
-        config = auto.resolve(config, path if trained.has_begun(path) else None, console.message)
-        current = build(config, path, console, stop, stopwatch, stack)
+        began = path if trained.has_begun(path) else None
+        config = auto.resolve(config, began, console.message, mesh.size)
+        current = build(config, path, mesh, console, stop, stopwatch, stack)
         try:
             state = train_all(current)
         except Stopped as stopped:
@@ -65,6 +79,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> int:
 def build(
     config: Config,
     workdir: Path,
+    mesh: Mesh,
     console: logs.Console,
     stop: StopSignal,
     stopwatch: logs.Stopwatch,
@@ -76,40 +91,28 @@ def build(
     Args:
       config: of the run.
       workdir: is made, with what describes the run; a workdir of another config is refused.
+      mesh: all devices.
       console: shows progress.
       stop: says when to leave.
       stopwatch: started with the run.
       stack: closes what is opened.
     """
     method = methods.load(config.method)
-    split, sources = loading.training_sets(config.data)
-    sources["val"] = loading.load(config.data, "val", labels=True)
+    split, sources = open_sources(config.data)
+    parts = assemble(config, method, sources, mesh, say=console.message)
     info = sources["labeled"].info
-    mesh = sharding.make_mesh()
-    nets = {
-        name: models.load(configs.model_of(config, name), info.num_classes)
-        for name in method.students
-    }
-    phases = method.phases(make_plan(config, sources))
-    for phase in phases:
-        train.make_feeds(config, phase, sources, mesh)
     main_process = jax.process_index() == 0
     open_workdir(workdir, config, split, info, main_process=main_process)
     multihost_utils.sync_global_devices("all processes have looked at the workdir")
     tensorboard = config.log.tensorboard
-    evaluator = Evaluator(nets, sources["val"], mesh, config, say=console.message)
     current = Run(
+        **parts._asdict(),
         config=config,
         workdir=workdir,
         method=method,
-        phases=phases,
-        nets=nets,
-        optimizer=optim.make_optimizer(config.optimizer),
-        schedule=optim.make_schedule(config.optimizer),
         sources=sources,
         mesh=mesh,
-        evaluator=evaluator,
-        watcher=Watcher(method, evaluator, sources, config),
+        watcher=Watcher(method, parts.evaluator, sources, config),
         checkpoints=stack.enter_context(Checkpoints(workdir / "checkpoints")),
         logger=stack.enter_context(
             logs.Logger(workdir, main_process=main_process, tensorboard=tensorboard)
@@ -125,6 +128,70 @@ def build(
         + f"; {mesh.size} {jax.devices()[0].platform} device(s)"
     )
     return current
+
+
+def open_sources(data: Config) -> tuple[Split, dict[str, Source]]:
+    """The split, and the sources "labeled", "unlabeled" and "val" of a config's `data` section."""
+    split, sources = loading.training_sets(data)
+    return split, sources | {"val": loading.load(data, "val", labels=True)}
+
+
+class Parts(NamedTuple):
+    """What a config makes for its data, as `Run` has it: nothing is written, drawn or compiled."""
+
+    phases: tuple[Phase, ...]
+    nets: dict[str, Network]
+    optimizer: optax.GradientTransformation
+    schedule: optim.Schedule
+    evaluator: Evaluator
+
+
+def assemble(
+    config: Config,
+    method: Method,
+    sources: Mapping[str, Source],
+    mesh: Mesh,
+    *,
+    say: Callable[[str], None] | None = None,
+) -> Parts:
+    """Makes the parts of a run that a config describes.
+
+    Raises:
+      UserError: one of them cannot be, or the data or the devices do not fit it.
+    """
+    info = sources["labeled"].info
+    if info.task != "segmentation":
+        raise UserError(
+            f"The labels of the data set {config.data.name!r} are class ids, one an image. So far "
+            "training takes labels with a class for each pixel: set --config.data.label_key to "
+            "such a feature, or take other data."
+        )
+    nets = {
+        name: models.load(configs.model_of(config, name), info.num_classes)
+        for name in method.students
+    }
+    phases = method.phases(make_plan(config, sources))
+    for phase in phases:
+        train.make_feeds(config, phase, sources, mesh)
+    return Parts(
+        phases,
+        nets,
+        optim.make_optimizer(config.optimizer),
+        optim.make_schedule(config.optimizer),
+        Evaluator(nets, sources["val"], mesh, config, say=say),
+    )
+
+
+def find_weights(config: Config, method: Method) -> None:
+    """Makes sure that the pretrained weights are there; a run that goes on does not need them.
+
+    Raises:
+      UserError: as `pretrained.find`.
+    """
+    for student in method.students:
+        model = configs.model_of(config, student)
+        if model["pretrained"]:
+            pretrained.find(pretrained.FILES[model["backbone"], model["pretrained"]])
 
 
 def make_plan(config: Config, sources: Mapping[str, Source]) -> Plan:

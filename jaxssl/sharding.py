@@ -18,9 +18,22 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or the given ones) with the one axis "data".
 
     Its axis is of type Auto: the compiler decides how an array is split between the annotations.
+
+    Raises:
+      UserError: there is no device, or another program holds it.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = _all_devices() if devices is None else devices
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _all_devices() -> Sequence[Any]:
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise UserError(
+            f"jax opens no device here: {error} If another program holds it, wait for that, or "
+            "set JAX_PLATFORMS=cpu to do without."
+        ) from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -49,7 +62,8 @@ def check_batch(stream: Stream, accumulate: int, mesh: Mesh) -> None:
     if stream.batch % (accumulate * mesh.size):
         raise UserError(
             f"batch.{stream.name}={stream.batch} cannot be split evenly over batch.accumulate="
-            f"{accumulate} and {mesh.size} devices. Choose a multiple of {accumulate * mesh.size}."
+            f"{accumulate} and {mesh.size} devices. Choose a multiple of {accumulate * mesh.size}; "
+            "where there are too few images for that, fewer devices: CUDA_VISIBLE_DEVICES=0, say."
         )
 
 

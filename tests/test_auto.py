@@ -21,10 +21,10 @@ def facts(labeled=40, unlabeled=100, sizes=((240, 320), (480, 640)), classes=CLA
     return Facts(labeled, unlabeled, tuple(sizes), classes, ("a note",))
 
 
-def chosen(key, given, network="small", **settings):
+def chosen(key, given, network="small", devices=1, **settings):
     config = configs.folder(network)
     config.update_from_flattened_dict(settings)
-    return auto._get(auto.choose(config, given)[0], key)
+    return auto._get(auto.choose(config, given, devices)[0], key)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,34 @@ def test_batch_takes_no_more_images_than_there_are(labeled, unlabeled, network, 
     assert chosen("batch.labeled", facts(labeled, unlabeled), network) == batch
     unlabeled_batch = 4 if unlabeled == 5 else batch
     assert chosen("batch.unlabeled", facts(labeled, unlabeled), network) == unlabeled_batch
+
+
+@pytest.mark.parametrize(
+    ("devices", "accumulate", "labeled", "unlabeled", "batches"),
+    [
+        (2, 1, 40, 100, (4, 4)),
+        (3, 1, 40, 100, (6, 6)),
+        (8, 1, 40, 100, (8, 8)),
+        (16, 1, 40, 100, (16, 16)),
+        (1, 3, 40, 100, (6, 6)),
+        (3, 2, 40, 100, (6, 6)),
+        (3, 1, 5, 100, (3, 3)),  # there are no six images
+        (3, 1, 40, 5, (6, 3)),
+        (8, 1, 7, 100, (4, 4)),  # not one for each device: refused where batches are split
+        (8, 1, 40, 5, (8, 4)),
+    ],
+)
+def test_devices_share_a_batch_evenly(devices, accumulate, labeled, unlabeled, batches):
+    settings = {"devices": devices, "batch.accumulate": accumulate}
+    for key, batch in zip(("labeled", "unlabeled"), batches, strict=True):
+        assert chosen(f"batch.{key}", facts(labeled, unlabeled), **settings) == batch
+
+
+def test_a_batch_for_the_devices_is_said():
+    _, lines = auto.choose(configs.folder("small"), facts(), 3)
+    assert lines[1].endswith(
+        "batch.labeled 6 (there are 40 labeled images, and multiples of 3 split evenly)"
+    )
 
 
 @pytest.mark.parametrize(("images", "steps"), [(10, 250), (30, 750), (1000, 1000)])
@@ -208,7 +236,9 @@ def test_a_folder_with_black_and_white_masks_trains_and_resumes(tmp_path):
     command += ["--config.steps=2", "--config.warmup=0"]
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=3"
+    )
     printed = []
     for _ in range(2):
         done = subprocess.run(
@@ -221,6 +251,6 @@ def test_a_folder_with_black_and_white_masks_trains_and_resumes(tmp_path):
     assert "chosen" not in printed[1]
     assert "Resumed at step 2 of 2" in printed[1]
     stored = json.loads((workdir / "config.json").read_text())
-    assert (stored["crop"], stored["batch"]["labeled"], stored["steps"]) == ([32, 32], 4, 2)
+    assert (stored["crop"], stored["batch"]["labeled"], stored["steps"]) == ([32, 32], 6, 2)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert {"val/a/iou/background", "val/a/iou/foreground"} <= lines[-1].keys()

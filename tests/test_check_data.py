@@ -3,16 +3,21 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import test_tfds
 from PIL import Image
 
 from jaxssl import check_data
 from jaxssl import config as configs
-from jaxssl.contracts import UserError
+from jaxssl.contracts import DataInfo, Record, UserError
 from jaxssl.logs import Console
+from jaxssl.models import pretrained
 
 ROOT = Path(__file__).parents[1]
 NAMES = [f"scene {i}" for i in range(8)]
@@ -63,6 +68,22 @@ def check(config):
     return check_data.check(config, Console(stream)), stream.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def use_devices(monkeypatch):
+    """Makes jax see some of the devices, two if nothing else is said."""
+    every = jax.devices()
+
+    def use(count):
+        monkeypatch.setattr(jax, "devices", lambda: every[:count])
+
+    use(2)
+    return use
+
+
+def rows(text):
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
 def listing(root):
     return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
@@ -74,7 +95,7 @@ def test_a_sound_folder_would_train(root):
     code, text = check(config(root))
     assert code == 0, text
     assert listing(root) == before
-    lines = [" ".join(line.split()) for line in text.splitlines()]
+    lines = rows(text)
     assert "labeled 40x50 8 1 1 to 2 0 0" in lines
     assert "unlabeled 40x60 to 43x60, 4 sizes 4 0 - 0 0" in lines
     assert "val 40x50 2 0 2 0 0" in lines
@@ -129,7 +150,7 @@ def spoil_batch(root):
         (spoil_many, "5 of labeled cannot be read: .*scene 4.PNG"),
         (spoil_labels, "No pixel of labeled has a class"),
         (spoil_name, r"1 of 9 masks .* labels/stranger\.png"),
-        (spoil_batch, "no images for the stream 'unlabeled'"),
+        (spoil_batch, "no images for the stream 'unlabeled'.* number of labels to keep"),
     ],
 )
 def test_what_would_end_training_is_named(root, spoil, words):
@@ -139,6 +160,86 @@ def test_what_would_end_training_is_named(root, spoil, words):
     assert code == 1
     assert "Training would start" not in text
     assert re.search(words, failures), text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eval.mode": "foo"}, "Unknown eval.mode 'foo'"),
+        ({"eval.window": (5,)}, r"eval.window=\(5,\) is no size"),
+        ({"model.backbone": "foo"}, "backbone.*foo"),
+        ({"optimizer.name": "foo"}, "Unknown optimizer.name 'foo'"),
+        ({"optimizer.schedule": "foo"}, "Unknown optimizer.schedule 'foo'"),
+        ({"batch.accumulate": 3}, "batch.unlabeled=4 .* batch.accumulate=3 and 2 devices"),
+        ({"batch.labeled": 3}, "batch.labeled=3 .* batch.accumulate=1 and 2 devices"),
+        ({"steps": 0}, "steps=0 is too small"),
+    ],
+)
+def test_a_config_that_training_refuses_is_named_and_the_data_are_looked_at(root, settings, words):
+    code, text = check(config(root, **settings))
+    assert code == 1
+    assert re.search(f"Training would fail: .*{words}", text), text
+    assert "labeled 40x50 8 0 2 0 0" in rows(text)
+    assert "Pixels of masks" in text
+
+
+def test_batches_have_to_fit_the_devices(root, use_devices):
+    use_devices(3)
+    assert check(config(root))[0] == 0
+    use_devices(8)
+    code, text = check(config(root))
+    assert code == 1
+    assert "batch.unlabeled=4 cannot be split evenly over batch.accumulate=1 and 8 devices" in text
+
+
+def test_weights_that_are_not_installed_are_named(root, monkeypatch):
+    key = ("efficientnet_lite0", "imagenet")
+    monkeypatch.setitem(pretrained.FILES, key, pretrained.File("no-such-package", "", str))
+    settings = {"model.backbone": key[0], "model.pretrained": key[1]}
+    code, text = check(config(root, **settings))
+    assert code == 1
+    assert "Training would fail: The pretrained weights are in the package no-such-package" in text
+
+
+def test_class_ids_are_refused(tmp_path):
+    data = test_tfds.prepare(tmp_path) | {"label_key": "label", "classes": (), "split": "2"}
+    ids = configs.default()
+    with ids.unlocked():
+        ids.method.name = "supervised"
+        ids.data.update(data)
+    ids.update_from_flattened_dict({"steps": 1, "batch.labeled": 2})
+    code, text = check(ids)
+    assert code == 1
+    assert "'tfds' are class ids, one an image" in text
+    assert any(row.startswith("labeled ") for row in rows(text))
+
+
+def test_images_are_looked_at_where_no_class_table_can_be_made(root):
+    (root / "classes.txt").unlink()
+    save(root / "labels/scene 1.png", image(1)[..., 0])
+    (root / "images/scene 5.PNG").write_bytes(b"no image")
+    (root / "val/images/30.png").write_bytes(b"no image")
+    code, text = check(config(root))
+    failures = text.partition("Training would fail")[2]
+    assert code == 1
+    assert "labeled 40x50 8 0 - 1 0" in rows(text)
+    assert "unlabeled 40x60 to 43x60, 4 sizes 4 0 - 0 0" in rows(text)
+    assert "val 40x50 2 0 - 1 0" in rows(text)
+    assert "1 of labeled cannot be read" in text
+    assert "val/images/30.png" in failures
+    assert "labels/scene 1.png" in failures
+    assert "No pixel" not in text
+    assert "Warning: The masks were not compared with the images." in text
+
+
+def test_images_of_refused_masks_count(root):
+    for name in NAMES:
+        save(root / f"labels/{name}.png", np.full((40, 50), 9, np.uint8))
+    code, text = check(config(root))
+    assert code == 1
+    assert "labeled 40x50 8 0 - 0 8" in rows(text)
+    assert "8 of 8 of labeled" in text
+    assert "No pixel of labeled" not in text
 
 
 def test_supervised_training_needs_no_unlabeled_images(root):
@@ -175,6 +276,17 @@ def test_what_training_puts_up_with_is_a_warning(root, monkeypatch):
     assert "unicorn absent 0 absent 0" in " ".join(text.split())
 
 
+def test_ids_in_training_and_validation_are_a_warning(root):
+    pairs = [f"images/{name}.PNG labels/{name}.png\n" for name in NAMES]
+    (root / "train.txt").write_text("".join(pairs[:7]))
+    (root / "unlabeled.txt").write_text("unlabeled/20.jpg\nunlabeled/21.jpg\nimages/scene 7.PNG\n")
+    (root / "val.txt").write_text("".join(pairs[5:]))
+    code, text = check(config(root))
+    assert code == 0, text
+    assert "Warning: 2 ids are in labeled and in val: images/scene 5, images/scene 6." in text
+    assert "Warning: 1 ids are in unlabeled and in val: images/scene 7." in text
+
+
 def test_overlap_on_purpose_is_no_warning(root):
     code, text = check(config(root, **{"data.overlap": True}))
     assert code == 0, text
@@ -199,6 +311,87 @@ def test_a_wrong_method_is_no_matter_of_the_data(root):
         check(config(root, "fixmatch"))
 
 
+class Made:
+    """Images that are made when they are read, by a function of their index."""
+
+    info = DataInfo(("sky", "road"), ((0, 0, 0), (128, 64, 128)))
+
+    def __init__(self, count, read):
+        self.ids = tuple(f"{i:04d}" for i in range(count))
+        self._read = read
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        self._read(index)
+        return Record(image=np.zeros((2, 3, 3), np.uint8), id=self.ids[index])
+
+
+class Heard(Console):
+    """Notes what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def phase(self, name, steps, start=0, *, unit="steps"):
+        self.heard.append((name, steps, unit))
+
+    def step(self, step):
+        self.heard.append(step)
+
+
+def test_images_are_read_side_by_side_with_progress():
+    both = threading.Barrier(2)
+    source = Made(4, lambda index: both.wait(timeout=60))  # which one reader alone never passes
+    console = Heard()
+    found = check_data.inspect(source, source, "labeled", console)
+    assert found.sizes == {(2, 3): 4}
+    assert console.heard == [("labeled", 4, "images"), 1, 2, 3, 4]
+
+
+def test_ctrl_c_leaves_the_rest_unread(monkeypatch):
+    def interrupt(self, step):
+        raise KeyboardInterrupt
+
+    read = []
+    source = Made(2000, lambda index: (read.append(index), time.sleep(0.01)))
+    monkeypatch.setattr(Heard, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        check_data.inspect(source, source, "labeled", Heard())
+    assert len(read) < 2000
+
+
+def run(arguments):
+    """Python with some arguments, and one device."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+INTERRUPTED = """
+import os, signal, time
+from jaxssl import check_data
+check_data.inspect = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))
+from absl import app
+from jaxssl import main
+app.run(check_data.run, flags_parser=main.parse)
+"""
+
+
+def test_ctrl_c_is_one_line(root):
+    config = "--config=configs/supervised_folder.py:small"
+    done = run(["-c", INTERRUPTED, config, f"--config.data.root={root}"])
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "Stopped before all was looked at.\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -209,14 +402,7 @@ def test_a_wrong_method_is_no_matter_of_the_data(root):
     ],
 )
 def test_exit_codes_of_the_command(root, arguments, code):
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxssl.check_data", *(a.format(root=root) for a in arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "none", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    done = run(["-m", "jaxssl.check_data", *(a.format(root=root) for a in arguments)])
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert ("Training would start." in done.stdout) == (code == 0)

@@ -191,6 +191,7 @@ def test_words(text, changes):
         ({"mode": "sliding"}, "There are: whole, slide, center_crop, half_res"),
         ({"mode": "slide", "window": (769,)}, "Give height and width"),
         ({"mode": "center_crop", "window": (0, 5)}, "Give height and width"),
+        ({"mode": "whole", "window": (5,)}, "Give height and width"),
         ({"mode": "slide", "window": (8, 8), "stride": (9, 8)}, "at most those of the window"),
         ({"scales": ()}, "holds no factors"),
         ({"scales": (1.0, -1.0)}, "holds no factors"),

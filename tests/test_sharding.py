@@ -36,8 +36,18 @@ def test_rows_are_split_in_order(devices):
 
 def test_batch_that_cannot_be_split_is_refused():
     sharding.check_batch(Stream("labeled", 16), 2, mesh_of(8))
-    with pytest.raises(UserError, match=r"batch.labeled=24 .*accumulate=2 and 8 devices"):
+    words = r"batch.labeled=24 .*accumulate=2 and 8 devices.* multiple of 16; .* fewer devices"
+    with pytest.raises(UserError, match=words):
         sharding.check_batch(Stream("labeled", 24), 2, mesh_of(8))
+
+
+def test_a_machine_without_a_device_is_refused(monkeypatch):
+    def refuse():
+        raise RuntimeError("The TPU is already in use by process with pid 7.")
+
+    monkeypatch.setattr(jax, "devices", refuse)
+    with pytest.raises(UserError, match=r"no device here: The TPU is already in use by .* pid 7"):
+        sharding.make_mesh()
 
 
 def test_abstract_arrays():
