@@ -231,7 +231,7 @@ def use_streets(config: Config, split: str | None, budget: str | None = None) ->
             scene_seed=0,
         )
     use_small(config)
-    warmup, steps = (600, 4000) if budget == "long" else (1400, 300)
+    warmup, steps = (600, 1400) if budget == "long" else (1400, 300)
     config.update(crop=(64, 128), warmup=warmup, steps=steps)
     config.batch.update(labeled=4, unlabeled=4)
     config.augment.scale = (0.75, 1.5)

@@ -139,7 +139,7 @@ def test_the_long_budget_is_the_streets_alone(name):
     demo, long = get_config(name, "streets"), get_config(name, "long,streets")
     assert get_config(name, "streets,long,1_8").data.split == "1_8"
     assert configs.differences(demo.to_dict(), long.to_dict()) == [
-        "steps: 300 -> 4000",
+        "steps: 300 -> 1400",
         "warmup: 1400 -> 600",
     ]
     with pytest.raises(UserError, match="write streets,long"):
