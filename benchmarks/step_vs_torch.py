@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import gzip
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -80,7 +81,7 @@ def main() -> None:
         "first_loss": {name: run() for name, run in programs.items()},
         "compile_seconds": program.compile_seconds,
         "memory": program.memory,
-        "environment": logs.environment(),
+        "environment": {**logs.environment(), "command": shlex.join(["python", *sys.argv])},
     }
     print(result["images"], result["first_loss"])
     check(result["first_loss"], 3e-3 if dtype == "bfloat16" else 1e-3)
@@ -312,7 +313,9 @@ def _floats(buffers: Any) -> list[Any]:
 
 
 def largest_items(program: JaxStep, count: int, steps: int = 3) -> list[tuple[str, float]]:
-    """The operations that take most of the profiled time, with their share."""
+    """The kinds of operations (as XLA names them, without their numbers) that take most of the
+    profiled time, with their share.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
@@ -322,7 +325,7 @@ def largest_items(program: JaxStep, count: int, steps: int = 3) -> list[tuple[st
     total: dict[str, float] = collections.Counter()
     for event in trace["traceEvents"]:
         if "hlo_op" in event.get("args", {}):
-            total[event["args"]["hlo_op"]] += event["dur"]
+            total[event["args"]["hlo_op"].split(".")[0]] += event["dur"]
     everything = sum(total.values())
     largest = sorted(total.items(), key=lambda item: -item[1])[:count]
     return [(name, duration / everything) for name, duration in largest]
