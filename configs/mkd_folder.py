@@ -16,7 +16,7 @@ begins with ImageNet features, alone or with small. Crop, batch, steps, warm-up 
 chosen from the images and printed; what you set, such as --config.crop=256,256, stays.
 
 Cost: four networks a step. small: --config.warmup=1500 --config.steps=4000, with which MKD gained
-  six points on images of 64x64 (README), took twelve to fifteen minutes on one CPU core; the few
+  six points on images of 64x64 (README), took twelve to sixteen minutes on one CPU core; the few
   steps that small chooses itself show that all works. A crop of 256x256 has sixteen times the
   pixels.
 

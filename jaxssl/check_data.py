@@ -31,7 +31,7 @@ from jaxssl.contracts import (
     UnreadableError,
     UserError,
 )
-from jaxssl.data import loading, quarantine
+from jaxssl.data import files, loading, quarantine
 from jaxssl.data.masks import ForeignValuesError
 from jaxssl.logs import Console, create_console
 
@@ -261,7 +261,7 @@ def _warnings(found: Mapping[str, Findings], info: DataInfo, config: Config) -> 
         if one.unreadable and name != "val" and not _too_many(one, config):
             yield (
                 f"{len(one.unreadable)} of {name} cannot be read; training puts other images in "
-                f"their place: {_lines(one.unreadable)}"
+                f"their place: {files.listed(one.unreadable)}"
             )
     if foreign := [counts for one in found.values() for counts in one.foreign]:
         yield _suggest_ignore(foreign, config)
@@ -293,9 +293,9 @@ def _fatal(found: Mapping[str, Findings], config: Config, masks: bool) -> Iterat
     """Why training would fail, as far as files are concerned, `masks` among them or not."""
     for name, one in found.items():
         if one.refused:
-            yield f"{len(one.refused)} of {len(one.ids)} of {name}: {_lines(one.refused)}"
+            yield f"{len(one.refused)} of {len(one.ids)} of {name}: {files.listed(one.refused)}"
         if one.unreadable and (name == "val" or _too_many(one, config)):
-            yield f"{len(one.unreadable)} of {name} cannot be read: {_lines(one.unreadable)}"
+            yield f"{len(one.unreadable)} of {name} cannot be read: {files.listed(one.unreadable)}"
         expected = masks and name != "unlabeled" and not one.refused
         if expected and not one.pixels[:IGNORE_LABEL].any():
             yield f"No pixel of {name} has a class."
@@ -308,11 +308,6 @@ def _too_many(found: Findings, config: Config) -> bool:
 def _few(items: Sequence[str]) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return f"{', '.join(items[:SHOWN])}{more}"
-
-
-def _lines(items: Sequence[str]) -> str:
-    more = [f"and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return "".join(f"\n  {item}" for item in [*items[:SHOWN], *more])
 
 
 if __name__ == "__main__":

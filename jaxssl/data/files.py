@@ -1,15 +1,21 @@
-"""Image files, opened in one way everywhere."""
+"""Image files, opened in one way everywhere, and named in one way where some are wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from jaxssl.contracts import UnreadableError, UserError
+
+
+def listed(messages: Sequence[object], most: int = 10) -> str:
+    """A line for each message, each begun by a line break, and how many more there are."""
+    more = [f"and {len(messages) - most} more"] if len(messages) > most else []
+    return "".join(f"\n  {message}" for message in [*messages[:most], *more])
 
 
 def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:

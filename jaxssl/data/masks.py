@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from jaxssl.contracts import IGNORE_LABEL, DataInfo, UnreadableError, UserError
-from jaxssl.data.files import open_image
+from jaxssl.data.files import listed, open_image
 
 MOST_CLASSES = 254
 """Labels are bytes: 255 is the pixel to ignore, and 254 is kept for values that are no class."""
@@ -42,7 +42,6 @@ MOST_VALUE = 65535
 """The highest value that a mask of 16 bits holds."""
 
 _FOREIGN = 254
-_SHOWN = 10  # masks that are named of those that are refused
 _THIN = 0.25  # see _smoothed
 _RGB = tuple[int, int, int]
 _Palettes = Mapping[tuple[int, _RGB], Path]
@@ -295,9 +294,7 @@ def scan(paths: Sequence[Path]) -> Seen:
             colors = {**seen.colors, **colors}
             palettes = {**seen.palettes, **palettes}
     if refused:
-        shown = "".join(f"\n  {error}" for error in refused[:_SHOWN])
-        more = f"\n  and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
-        raise UserError(f"{len(refused)} of {len(paths)} masks are refused:{shown}{more}")
+        raise UserError(f"{len(refused)} of {len(paths)} masks are refused:{listed(refused)}")
     if unreadable and len(unreadable) == len(paths):
         raise UserError(f"None of {len(paths)} masks can be read. {unreadable[0]}")
     return Seen(values, colors, palettes)

@@ -21,7 +21,7 @@ from absl import flags
 from grain.experimental import DatasetOptions, WithOptionsIterDataset, ZipMapDataset
 
 from jaxssl.contracts import IGNORE_LABEL, Source, Stream, UnreadableError, UserError
-from jaxssl.data import quarantine
+from jaxssl.data import files, quarantine
 from jaxssl.data.splits import seeded_order
 from jaxssl.data.transforms import Augment, augment
 
@@ -255,12 +255,10 @@ def check_all(source: Source, name: str) -> None:
     with ThreadPoolExecutor() as pool:
         reasons = [why for why in pool.map(reason, range(len(source))) if why is not None]
     if reasons:
-        named = "".join(f"\n  {why}" for why in reasons[:10])
-        more = f"\n  and {len(reasons) - 10} more" if len(reasons) > 10 else ""
         raise UserError(
             f"{len(reasons)} of {len(source)} image(s) of {name!r} or their labels cannot be read. "
             "Scores need all of them: mend them, or take them out with their labels, and start the "
-            f"same command again.{named}{more}"
+            f"same command again.{files.listed(reasons)}"
         )
 
 

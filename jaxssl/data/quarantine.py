@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxssl.contracts import UserError
+from jaxssl.data import files
 
 
 class Damage(NamedTuple):
@@ -35,12 +36,10 @@ def allowed(max_damaged: int | None, count: int) -> int:
 
 def too_many(stream: str, limit: int, messages: Sequence[str]) -> UserError:
     """The error for more damaged images in a stream than its limit allows."""
-    named = "".join(f"\n  {message}" for message in messages[:20])
-    more = f"\n  and {len(messages) - 20} more" if len(messages) > 20 else ""
     return UserError(
         f"{len(messages)} image(s) of {stream!r} cannot be read, data.max_damaged allows {limit}. "
         "Mend them and start the same command again, or allow more with "
-        f"--config.data.max_damaged=N, and others stand in for them:{named}{more}"
+        f"--config.data.max_damaged=N, and others stand in for them:{files.listed(messages, 20)}"
     )
 
 

@@ -83,9 +83,10 @@ def fastest_form(shape: tuple[int, ...], *, dilation: int, groups: int) -> Form:
     """The form that is fastest on this backend for a kernel of `shape` `[kh,kw,I/groups,O]`.
 
     XLA's CPU convolutions are slow where they are depthwise, 1x1, or wide and far dilated: there
-    the gradients of the other forms take about a thirtieth, four fifths and, from a dilation of 8,
-    a quarter of the time (benchmarks/convolutions.py). Elsewhere XLA's own is taken, unmeasured;
-    the gradient of grouped convolutions has been slow on GPUs (jax-ml/jax#13800).
+    the gradients of the other forms take about a thirtieth, three quarters and (from a dilation
+    of 8; at 4 they are even) a quarter of the time (benchmarks/convolutions.py). Elsewhere XLA's
+    own is taken, unmeasured; the gradient of grouped convolutions has been slow on GPUs
+    (jax-ml/jax#13800).
     """
     height, width, inputs, outputs = shape
     if jax.default_backend() != "cpu":
