@@ -16,7 +16,7 @@ import numpy as np
 from jaxssl import config as configs
 from jaxssl.config import Config
 from jaxssl.contracts import Source, UnreadableError, UserError
-from jaxssl.data import folder, layouts, loading
+from jaxssl.data import folder, layouts, loading, masks
 from jaxssl.data.folder import Facts
 from jaxssl.data.masks import ClassTable
 
@@ -202,7 +202,7 @@ def _warmup(config: Config, facts: Facts) -> tuple[int, str]:
     Those with ImageNet features do without a warm-up, as the papers of CPS and MKD do.
     """
     del facts
-    if config.model.pretrained:
+    if config.model.pretrained or config.model_a.pretrained:
         return 0, "the networks begin with pretrained features"
     return config.steps or config.limits.steps // 4, "the networks begin with random weights"
 
@@ -215,8 +215,9 @@ def _eval_mode(config: Config, facts: Facts) -> tuple[str, str]:
 
 def _eval_batch(config: Config, facts: Facts) -> tuple[int, str]:
     shown = np.array(facts.sizes).prod(1).max()
-    batch = max(1, min(16, EVAL_LOGITS // (int(shown) * len(facts.classes))))
-    return batch, f"images of up to {shown / 1e6:.2g} megapixels, {len(facts.classes)} classes"
+    count = _class_count(facts)
+    batch = max(1, min(16, EVAL_LOGITS // (int(shown) * count)))
+    return batch, f"images of up to {shown / 1e6:.2g} megapixels, {count} classes"
 
 
 def _eval_every(config: Config, facts: Facts) -> tuple[int, str]:
@@ -227,7 +228,12 @@ def _eval_every(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _classes(config: Config, facts: Facts) -> tuple[tuple[str, ...], str]:
     del config
-    return facts.classes, f"{len(facts.classes)} classes"
+    return facts.classes, f"{_class_count(facts)} classes"
+
+
+def _class_count(facts: Facts) -> int:
+    """Lines of the class table may also say what to ignore."""
+    return len(masks.parse(facts.classes, (), "classes").names)
 
 
 RULES: Mapping[str, Callable[[Config, Given], tuple[Any, str]]] = {

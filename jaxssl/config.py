@@ -52,31 +52,70 @@ LEAST: Mapping[str, int] = {
 }
 """The least that numbers may be."""
 
+_BACKBONE: Mapping[str, Any] = {
+    "backbone": "resnet50",
+    "pretrained": "",
+    "preprocessing": "imagenet",
+    "width": 64,
+    "stem": "deep",
+    "stem_width": 0,
+    "output_stride": 16,
+    "multi_grid": (1, 1, 1),
+    "auxiliary": False,
+    "dropout": 0.0,
+    "align_corners": False,
+    "batch_norm_momentum": 0.1,
+    "stochastic_depth": 1.0,
+    "dtype": "float32",
+    "remat": False,
+}
+
+NETWORKS: Mapping[str, Mapping[str, Any]] = {
+    "deeplab_v3plus": {
+        **_BACKBONE,
+        "separable": True,
+        "aspp_rates": (6, 12, 18),
+        "channels": 256,
+        "low_level_channels": 48,
+    },
+    "deeplab_v2": {
+        **_BACKBONE,
+        "backbone": "resnet101",
+        "stem": "conv7",
+        "output_stride": 8,
+        "dilate_first": False,
+        "aspp_rates": (6, 12, 18, 24),
+        "aspp_branches": 4,
+        "auxiliary_channels": 256,
+        "align_corners": True,
+        "stochastic_depth_schedule": "constant",
+    },
+    "pspnet": {
+        **_BACKBONE,
+        "stem_width": 64,
+        "output_stride": 8,
+        "dilate_first": True,
+        "pool_bins": (1, 2, 3, 6),
+        "channels": 512,
+        "auxiliary": True,
+        "auxiliary_channels": 256,
+        "dropout": 0.1,
+        "align_corners": True,
+    },
+}
+"""`model.name` -> the other keys of `model`, as MKD, DMT and DARS have these networks."""
+
+SMALL: Mapping[str, Mapping[str, Any]] = {
+    "deeplab_v3plus": {"aspp_rates": (1, 2, 3), "channels": 48, "low_level_channels": 16},
+    "deeplab_v2": {"aspp_rates": (1, 2, 3, 4), "auxiliary_channels": 16},
+    "pspnet": {"stem_width": 8, "channels": 48, "auxiliary_channels": 16},
+}
+"""`model.name` -> what its head has on a backbone of width 16."""
+
 
 def default() -> Config:
     """Every key there is; a config file changes some and adds `method`."""
-    model = ConfigDict(
-        {
-            "name": "deeplab_v3plus",
-            "backbone": "resnet50",
-            "pretrained": "",
-            "width": 64,
-            "stem": "deep",
-            "output_stride": 16,
-            "multi_grid": (1, 1, 1),
-            "separable": True,
-            "aspp_rates": (6, 12, 18),
-            "channels": 256,
-            "low_level_channels": 48,
-            "auxiliary": False,
-            "dropout": 0.0,
-            "align_corners": False,
-            "batch_norm_momentum": 0.1,
-            "stochastic_depth": 1.0,
-            "dtype": "float32",
-            "remat": False,
-        }
-    )
+    model = model_section("deeplab_v3plus")
     return ConfigDict(
         {
             "seed": 0,
@@ -85,7 +124,7 @@ def default() -> Config:
             "warmup": 0,
             "crop": (512, 1024),
             "batch": {"labeled": 16, "unlabeled": 16, "accumulate": 1},
-            "augment": {"scale": (0.5, 2.0), "flip": True},
+            "augment": {"scale": (0.5, 2.0), "flip": True, "rotate": 0.0, "blur": 0.0},
             "data": {
                 "name": "cityscapes",
                 "root": "data/cityscapes",
@@ -126,6 +165,7 @@ def default() -> Config:
                 "bucket": 32,
                 "batch": 4,
                 "watch": 50,
+                "unlabeled_truth": False,
                 "panels": 4,
             },
             "checkpoint": {"every": 1000},
@@ -136,6 +176,28 @@ def default() -> Config:
             "compilation_cache": "auto",
         }
     )
+
+
+def model_section(name: str, **changes: Any) -> Config:
+    """The `model` section for a network.
+
+    Args:
+      name: of the network. One that `NETWORKS` lacks has the keys of `changes` alone.
+      **changes: fields of its `Model` with other values, or that `NETWORKS` leaves out.
+    """
+    return ConfigDict({"name": name, **NETWORKS.get(name, {}), **changes})
+
+
+def use_network(config: Config, name: str, **changes: Any) -> None:
+    """Swaps in another network, with the keys that it has, for all students.
+
+    Args:
+      config: is changed; `use_small` and `use_pretrained` come after.
+      name: as for `model_section`.
+      **changes: likewise.
+    """
+    config.model = model_section(name, **changes)
+    config.model_a, config.model_b = _overrides(config.model), _overrides(config.model)
 
 
 def _overrides(model: Config) -> Config:
@@ -175,6 +237,35 @@ def cityscapes(variant: Mapping[str, str | None]) -> Config:
     return config
 
 
+def voc(variant: Mapping[str, str | None]) -> Config:
+    """What a variant of a PASCAL VOC 2012 config says, but for the method: the default config with
+    what MKD's paper says of VOC, and the number of steps of its released configuration.
+
+    Args:
+      variant: from `choose`: "split", a share such as 1_16 (if None) of the 10582 images of the set
+        "blender", or a count of the set "classic", the 1464 fine ones, where the others of the
+        10582 are unlabeled; "backbone" "r50" (if None), "r101" or "pretrained".
+    """
+    config = default()
+    split = variant["split"] or "1_16"
+    classic = split.isdecimal()
+    with config.unlocked():
+        config.data.update(
+            name="voc",
+            root="data/voc",
+            set="classic" if classic else "blender",
+            split="all" if split == "1464" else split,
+            extra=classic,
+        )
+    config.update(crop=(512, 512), steps=30_000)
+    config.model.backbone = "resnet101" if variant["backbone"] == "r101" else "resnet50"
+    config.model.batch_norm_momentum = 0.001
+    if variant["backbone"] == "pretrained":
+        use_pretrained(config)
+    config.optimizer.learning_rate = 0.0025  # last: it is low enough for pretrained weights, too
+    return config
+
+
 def mkd(**changes: Any) -> Config:
     """The `method` section for MKD, with the paper's values.
 
@@ -208,6 +299,77 @@ def mkd(**changes: Any) -> Config:
     )
     section.update(changes)
     return section
+
+
+def dmt(**changes: Any) -> Config:
+    """The `method` section for DMT, with the paper's values of Cityscapes.
+
+    Args:
+      **changes: fields of `methods.dmt.Method` with other values.
+    """
+    section = ConfigDict(
+        {
+            "name": "dmt",
+            "gamma_1": 3.0,
+            "gamma_2": 3.0,
+            "ratios": (0.2, 0.4, 0.6, 0.8, 1.0),
+            "labels": "mutual",
+            "weight": "dynamic",
+            "threshold": 0.9,
+            "start": "weights",
+            "alpha": 0.8,
+            "oracle_epochs": 60.0,
+            "supervised_rate": config_dict.placeholder(float),
+            "label_at": "crop",
+            "label_scale": 1.0,
+            "label_flip": False,
+            "auxiliary_weight": 0.4,
+        }
+    )
+    section.update(changes)
+    return section
+
+
+def dars(**changes: Any) -> Config:
+    """The `method` section for DARS, with the paper's values of Cityscapes, 1/8, crop 361.
+
+    Args:
+      **changes: fields of `methods.dars.Method` with other values.
+    """
+    section = ConfigDict(
+        {
+            "name": "dars",
+            "ratios": (0.2, 0.5),
+            "beta_min": (0.0, 0.2),
+            "beta_max": (0.0, 0.5),
+            "rule": "dars",
+            "precision": "float16",
+            "temperature": 1.0,
+            "schedule": "restart",
+            "label_mode": "slide",
+            "label_scale": 1.0,
+            "auxiliary_weight": 0.4,
+        }
+    )
+    section.update(changes)
+    return section
+
+
+def use_dars(config: Config, crop: int, shown: float) -> None:
+    """Swaps in what DARS says of any data: PSPNet-50, batch, optimizer, geometry, and evaluation by
+    windows and mirror images, as its released code does; epochs are left to set.
+
+    Args:
+      config: is changed.
+      crop: side of training images and of windows.
+      shown: factor of the size at which images are evaluated.
+    """
+    use_network(config, "pspnet")
+    config.update(crop=(crop, crop), steps=None)
+    config.batch.update(labeled=8, unlabeled=8)
+    config.augment.update(rotate=10.0, blur=0.5)
+    config.optimizer.update(learning_rate=0.01, head_factor=10.0, weight_decay=1e-4)
+    config.eval.update(every=5000, mode="slide", flip=True, scales=(shown,))
 
 
 def use_streets(config: Config, split: str | None, budget: str | None = None) -> None:
@@ -282,12 +444,7 @@ def use_small(config: Config) -> None:
       config: is changed.
     """
     config.model.update(
-        backbone="resnet10",
-        width=16,
-        aspp_rates=(1, 2, 3),
-        channels=48,
-        low_level_channels=16,
-        batch_norm_momentum=0.1,
+        backbone="resnet10", width=16, batch_norm_momentum=0.1, **SMALL[config.model.name]
     )
     config.optimizer.update(name="adamw", learning_rate=0.01, weight_decay=0.1)
 
@@ -304,7 +461,7 @@ def use_pretrained(config: Config) -> None:
     """
     config.model.update(backbone="efficientnet_lite0", pretrained="imagenet", output_stride=16)
     rate = {"sgd": 0.01, "adamw": 0.001}[config.optimizer.name]
-    config.optimizer.head_factor = config.optimizer.learning_rate / rate
+    config.optimizer.head_factor *= config.optimizer.learning_rate / rate
     config.optimizer.learning_rate = rate
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
+    from jaxssl.inference import Presentation
     from jaxssl.state import TrainState
 
 IGNORE_LABEL = 255
@@ -89,12 +90,14 @@ class Record(TypedDict):
     """One image as a `Source` gives it.
 
     `image` uint8 `[h,w,3]`; `label` uint8 `[h,w]` (or a class id), 255 = ignore, only where the
-    source was opened with labels; `id` unique within the source; `file` the path of the image,
+    source was opened with labels; `confidence` float32 `[h,w]` in [0,1] only where these are
+    pseudo-labels; `id` unique within the source; `file` the path of the image,
     where it has a file of its own.
     """
 
     image: np.ndarray
     label: NotRequired[np.ndarray]
+    confidence: NotRequired[np.ndarray]
     id: str
     file: NotRequired[str]
 
@@ -102,7 +105,8 @@ class Record(TypedDict):
 class Source(Protocol):
     """Random access to images and labels on disk, in an archive, or in memory. Cheap to pickle.
 
-    `ids` are sorted. A source made without labels never opens a label file.
+    `ids` are sorted. A source made without labels never opens a label file. One may have `note`, a
+    line about its labels that a run prints and stores.
     """
 
     info: DataInfo
@@ -192,6 +196,50 @@ class Weights(NamedTuple):
     which: Literal["last", "best"] = "last"
 
 
+class Selection(NamedTuple):
+    """Which pseudo-labels are kept: by class, from which confidence on, and how many of those.
+
+    Attributes:
+      lowest: int64 `[C]`, the lowest level of confidence that is kept (see `selection`).
+      share: float64 `[C]` in [0,1], of the positions at or above it; which ones is drawn.
+    """
+
+    lowest: np.ndarray
+    share: np.ndarray
+
+
+class Rule(Protocol):
+    """Says from the confidences of a whole image set which pseudo-labels to keep."""
+
+    def __call__(self, counts: np.ndarray, prior: np.ndarray) -> Selection:
+        """Pure.
+
+        Args:
+          counts: int64 `[C,levels]`, positions by predicted class and level of confidence.
+          prior: int64 `[C]`, positions by class in the ground truth of the labeled images.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Labeling:
+    """Pseudo-labels of all images of a stream, made before a phase trains and kept on disk.
+
+    Attributes:
+      network: that labels.
+      rule: which labels are kept; the others become 255.
+      shown: how images are shown to the network.
+      temperature: divides the logits before the softmax whose maximum is the confidence.
+      seed: of the draws among kept labels, together with the image's id.
+    """
+
+    network: Weights
+    rule: Rule
+    shown: Presentation
+    temperature: float = 1.0
+    seed: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """An endless, shuffled sequence of batches; a batch holds it under `name`.
@@ -199,8 +247,8 @@ class Stream:
     Attributes:
       name: "labeled" or "unlabeled": which images.
       batch: images in the global batch.
-      labels: "truth"; None, and no label file is opened; or the name of the labeling sweep whose
-        result to read. Images without a label then are left out.
+      labels: "truth"; None, and no label file is opened; or how a network labels the images before
+        the phase, and then batches hold `label` and `confidence`.
       part: the share of the images to use, as (begin, end) of their seeded order: difference
         maximized sampling.
       augment: settings of the host's augmentation that this stream changes, such as `{"scale":
@@ -209,15 +257,16 @@ class Stream:
 
     name: str
     batch: int
-    labels: str | None = "truth"
+    labels: Literal["truth"] | Labeling | None = "truth"
     part: tuple[float, float] = (0.0, 1.0)
     augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Sweep(Protocol):
-    """One pass over a set of images before a phase trains: counting, labeling, making prototypes.
+    """One pass over a set of images before a phase trains, that makes arrays of the method's own:
+    prototypes, say.
 
-    A frozen dataclass with these three fields and three functions is one.
+    A frozen dataclass with these three fields and two functions is one.
     """
 
     @property
@@ -227,7 +276,7 @@ class Sweep(Protocol):
 
     @property
     def source(self) -> str:
-        """Which images to pass over, "labeled" or "unlabeled"; whole, and in order."""
+        """Which images to pass over, "labeled" or "unlabeled"; each once."""
         ...
 
     @property
@@ -235,24 +284,24 @@ class Sweep(Protocol):
         """The networks that `update` sees, by the name it uses for them."""
         ...
 
-    def init(self, results: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
-        """The carry to start from, given the final carries of the phase's earlier sweeps and the
-        method's `extra`. Counts over a data set overflow int32.
-        """
-        ...
-
     def update(
         self,
         nets: Mapping[str, Network],
         networks: Mapping[str, Variables],
-        carry: Any,
+        extra: Mapping[str, Any],
         batch: Mapping[str, jax.Array],
-    ) -> tuple[Any, Mapping[str, jax.Array]]:
-        """Pure: the next carry, and arrays to store per image (`label`, `confidence`), or none."""
+    ) -> Any:
+        """Pure: what a batch adds to the sums, a tree of arrays; rows of `index` -1 are padding."""
         ...
 
-    def finish(self, carry: Any, extra: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The method's `extra` as the phase starts with it."""
+    def finish(self, sums: Mapping[str, Any], extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The method's `extra` as the phase starts with it.
+
+        Args:
+          sums: by sweep, those of this one and of the phase's earlier ones, over all images and
+            processes; NumPy arrays, int64 or float64, which no data set overflows.
+          extra: as it was.
+        """
         ...
 
 
@@ -272,7 +321,7 @@ class Phase:
       learning_rate: base rate; None takes the config's.
       schedule: (updates the schedule has behind it when the phase starts, updates it covers); None:
         (0, steps).
-      sweeps: what to run first, in order.
+      sweeps: what to run first, in order; before that, streams are labeled.
       headline: network whose score decides what is best; None takes the method's.
     """
 
@@ -289,6 +338,14 @@ class Phase:
     sweeps: tuple[Sweep, ...] = ()
     headline: str | None = None
 
+    @property
+    def pseudo_labeled(self) -> Stream | None:
+        """The stream whose labels a network makes before the phase; one at most."""
+        found = [stream for stream in self.streams if isinstance(stream.labels, Labeling)]
+        if len(found) > 1:
+            raise ValueError(f"The phase {self.name} has {len(found)} pseudo-labeled streams.")
+        return found[0] if found else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -301,9 +358,10 @@ class Plan:
       steps: updates of the main phase, or None where `epochs` decides.
       epochs: passes over a stream's images, or None where `steps` decides.
       warmup: supervised updates before the method starts.
-      crop: height and width of training images, for sweeps that label by windows of that size; None
-        where the images are not cropped.
-      seed: of the run, for sweeps that draw at random.
+      crop: height and width of training images, for labeling by windows of that size; None where
+        the images are not cropped.
+      scale: bounds of the factor that training images are resized by.
+      seed: of the run, for labeling that draws at random.
     """
 
     sizes: Mapping[str, int]
@@ -313,6 +371,7 @@ class Plan:
     epochs: float | None = None
     warmup: int = 0
     crop: tuple[int, int] | None = None
+    scale: tuple[float, float] = (1.0, 1.0)
     seed: int = 0
 
     def main_steps(self, stream: str) -> int:

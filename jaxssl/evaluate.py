@@ -19,16 +19,14 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxssl import logs, metrics, sharding, startup
+from jaxssl import logs, metrics, sharding, startup, sweep
 from jaxssl.config import Config
 from jaxssl.contracts import Network, Source, UserError, Variables
 from jaxssl.data import loading, pipeline
 from jaxssl.inference import Predict, Presentation, halve, make_predict
 from jaxssl.state import TEACHER
-from jaxssl.sweep import fold
 from jaxssl.trained import Trained, open_trained
 
 
@@ -81,6 +79,8 @@ class Evaluator:
     Attributes:
       how: images are shown.
       mesh: the devices of this process.
+      batch: images that they take at a time.
+      bucket: what the sides of images are padded to a multiple of.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class Evaluator:
         self._halves = self.how.mode == "half_res"
         self._scored = dataclasses.replace(self.how, mode="whole") if self._halves else self.how
         self._nets, self._source, self._say = dict(nets), source, say
-        self._bucket = config.eval.bucket
+        self.bucket = config.eval.bucket
         self.mesh = sharding.make_mesh(mesh.local_devices)
         share = -(-config.eval.batch // jax.process_count())
-        self._batch = sharding.round_up(share, self.mesh)
+        self.batch = sharding.round_up(share, self.mesh)
         self._everywhere, self._rows = sharding.replicated(self.mesh), sharding.batched(self.mesh)
         self._halve = jax.jit(halve, out_shardings=self._rows)
         self._count = jax.jit(self._confusion, out_shardings=self._everywhere)
@@ -127,12 +127,12 @@ class Evaluator:
         C, variables = self._source.info.num_classes, self.local(variables)
         total, padded = np.zeros((C, C), np.int64), np.zeros((), np.int64)
 
-        def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, jax.Array]:
+        def update(batch: Mapping[str, jax.Array]) -> jax.Array:
             if "label" not in batch:
                 raise UserError(_NO_LABELS)
             batch = self._halve(batch) if self._halves else batch
             logits = self.predict(name, self._scored, variables, batch)
-            return carry, self._count(batch["label"], logits)
+            return self._count(batch["label"], logits)
 
         def add(batch: Mapping[str, np.ndarray], counts: np.ndarray) -> None:
             # A device's int32 would overflow over a data set.
@@ -141,11 +141,12 @@ class Evaluator:
 
         center = self.how.center
         with self.telling_compilations("Evaluation"):
-            fold(update, None, self._batches(self._share(), center), self.mesh, sink=add)
-        total, padded = map(_sum_over_processes, (total, padded))
+            batches = self._batches(sweep.share(self._source), center)
+            sweep.each(update, batches, self.mesh, add)
+        total, padded = sweep.sum_over_processes((total, padded))
         if not total.any():
             raise UserError(_NO_LABELS)
-        note = f", padded to multiples of {self._bucket}" if padded and center is None else ""
+        note = f", padded to multiples of {self.bucket}" if padded and center is None else ""
         return Evaluation(total, f"{self.how}{note}")
 
     def maps(
@@ -166,15 +167,15 @@ class Evaluator:
         found: dict[int, dict[str, np.ndarray]] = {}
         variables = self.local(variables)
 
-        def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, object]:
-            return carry, read(self.predict(name, self.how, variables, batch))
+        def update(batch: Mapping[str, jax.Array]) -> object:
+            return read(self.predict(name, self.how, variables, batch))
 
         def collect(batch: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray]) -> None:
             for row, (index, valid) in enumerate(zip(batch["index"], batch["valid"], strict=True)):
                 height, width = valid.any(1).sum(), valid.any(0).sum()
                 found[int(index)] = {key: x[row, :height, :width] for key, x in maps.items()}
 
-        fold(update, None, self._batches(source), self.mesh, sink=collect)
+        sweep.each(update, self._batches(source), self.mesh, collect)
         return [found[i] for i in range(len(source))]
 
     def predict(
@@ -193,14 +194,7 @@ class Evaluator:
 
     def local(self, variables: Variables) -> Variables:
         """This process's copy, for programs in which no other process takes part."""
-        if jax.process_count() == 1:
-            return variables
-        return jax.tree.map(
-            lambda x: jax.make_array_from_single_device_arrays(
-                x.shape, self._everywhere, [shard.data for shard in x.addressable_shards]
-            ),
-            variables,
-        )
+        return sweep.local(variables, self.mesh)
 
     @contextlib.contextmanager
     def telling_compilations(self, what: str) -> Iterator[None]:
@@ -212,20 +206,13 @@ class Evaluator:
         if len(sizes) > 1 and self._say is not None:
             self._say(
                 f"{what}: {len(sizes)} image sizes, {len(new)} compilations of a network, once per "
-                f"start. A larger --config.eval.bucket (now {self._bucket}) pads to fewer sizes."
+                f"start. A larger --config.eval.bucket (now {self.bucket}) pads to fewer sizes."
             )
-
-    def _share(self) -> Source:
-        """The images that this process evaluates."""
-        if jax.process_count() == 1:
-            return self._source
-        mine = self._source.ids[jax.process_index() :: jax.process_count()]
-        return loading.Subset(self._source, mine)
 
     def _batches(
         self, source: Source, center: tuple[int, int] | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.in_order(source, self._batch, bucket=self._bucket, center=center)
+        return pipeline.in_order(source, self.batch, bucket=self.bucket, center=center)
 
     def _confusion(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return metrics.confusion_matrix(labels, logits.argmax(-1), self._source.info.num_classes)
@@ -326,13 +313,6 @@ def _phase(phases: Sequence[tuple[str, int]], step: int) -> str:
     """The phase that a step of the run lies in."""
     ends = itertools.accumulate(steps for _, steps in phases)
     return next(name for (name, _), end in zip(phases, ends, strict=True) if step <= end)
-
-
-def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
-    # Devices take no int64, so it travels as bytes.
-    sent = np.frombuffer(counts.tobytes(), np.uint8)
-    gathered = np.asarray(multihost_utils.process_allgather(sent[None], tiled=True))
-    return gathered.view(np.int64).sum(0).reshape(counts.shape)
 
 
 if __name__ == "__main__":

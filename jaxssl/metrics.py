@@ -55,6 +55,20 @@ def class_accuracy(confusion: np.ndarray) -> np.ndarray:
     return _divide(np.diagonal(confusion), confusion.sum(1))
 
 
+def kl_divergence(prior: np.ndarray, counts: np.ndarray) -> float:
+    """KL(prior || pseudo-labels) of two class distributions given as counts `[C]`, in nats.
+
+    A class without a pixel in the prior adds nothing to the sum. A class of the prior that is never
+    taught counts as half a pixel, else the divergence were infinite. nan where either is empty.
+    """
+    if not prior.sum() or not counts.sum():
+        return float("nan")
+    known = prior > 0
+    floored = np.where(known, np.maximum(counts, 0.5), counts)
+    p, q = prior[known] / prior.sum(), floored[known] / floored.sum()
+    return float(np.sum(p * np.log(p / q)))
+
+
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     result = np.full(np.shape(numerator), np.nan)
     return np.divide(numerator, denominator, out=result, where=np.greater(denominator, 0))

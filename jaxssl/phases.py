@@ -16,7 +16,19 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxssl import auto, logs, methods, models, optim, sharding, startup, train, trained
+from jaxssl import (
+    auto,
+    labeling,
+    logs,
+    methods,
+    models,
+    optim,
+    sharding,
+    startup,
+    sweep,
+    train,
+    trained,
+)
 from jaxssl import config as configs
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.config import Config
@@ -29,16 +41,14 @@ from jaxssl.contracts import (
     Source,
     UserError,
     Variables,
-    Weights,
 )
-from jaxssl.data import loading, pipeline
+from jaxssl.data import loading
 from jaxssl.data.splits import Split
 from jaxssl.evaluate import Evaluator
 from jaxssl.models import pretrained
 from jaxssl.signals import StopSignal
 from jaxssl.state import TEACHER, TrainState, create, draw
-from jaxssl.sweep import fold
-from jaxssl.train import Run, Stopped
+from jaxssl.train import Run, Stopped, read_weights
 from jaxssl.watch import Watcher
 
 
@@ -98,7 +108,7 @@ def build(
       stack: closes what is opened.
     """
     method = methods.load(config.method)
-    split, sources = open_sources(config.data)
+    split, sources = open_sources(config.data, truth=config.eval.unlabeled_truth)
     parts = assemble(config, method, sources, mesh, say=console.message)
     info = sources["labeled"].info
     main_process = jax.process_index() == 0
@@ -127,12 +137,18 @@ def build(
         + ", ".join(f"{phase.name} {phase.steps} steps" for phase in current.phases)
         + f"; {mesh.size} {jax.devices()[0].platform} device(s)"
     )
+    if split.note:
+        console.message(split.note)
     return current
 
 
-def open_sources(data: Config) -> tuple[Split, dict[str, Source]]:
-    """The split, and the sources "labeled", "unlabeled" and "val" of a config's `data` section."""
+def open_sources(data: Config, *, truth: bool = False) -> tuple[Split, dict[str, Source]]:
+    """The split, and the sources "labeled", "unlabeled" and "val" of a config's `data` section; and
+    "truth", if it is asked for: the labels of the unlabeled images, of which nothing learns.
+    """
     split, sources = loading.training_sets(data)
+    if truth:
+        sources["truth"] = loading.truth(data, split)
     return split, sources | {"val": loading.load(data, "val", labels=True)}
 
 
@@ -172,7 +188,7 @@ def assemble(
     }
     phases = method.phases(make_plan(config, sources))
     for phase in phases:
-        train.make_feeds(config, phase, sources, mesh)
+        train.make_feeds(config, phase, sources, mesh, Path())
     return Parts(
         phases,
         nets,
@@ -183,15 +199,19 @@ def assemble(
 
 
 def find_weights(config: Config, method: Method) -> None:
-    """Makes sure that the pretrained weights are there; a run that goes on does not need them.
+    """Makes sure that the pretrained weights are there and fit; a run that goes on does not need
+    them.
 
     Raises:
-      UserError: as `pretrained.find`.
+      UserError: as `pretrained.load`.
     """
-    for student in method.students:
-        model = configs.model_of(config, student)
-        if model["pretrained"]:
-            pretrained.find(pretrained.FILES[model["backbone"], model["pretrained"]])
+    of_student = {name: configs.model_of(config, name) for name in method.students}
+    wanted = {name: model for name, model in of_student.items() if model["pretrained"]}
+    key, shapes = jax.random.key(0), {}
+    for name, model in wanted.items():
+        net = models.load(model, num_classes=2)  # of heads nothing is an error
+        shapes[name] = jax.eval_shape(functools.partial(net.init, size=tuple(config.crop)), key)
+    pretrained.load(wanted, shapes)
 
 
 def make_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
@@ -204,6 +224,7 @@ def make_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
         epochs=config.epochs,
         warmup=config.warmup,
         crop=tuple(config.crop),
+        scale=tuple(config.augment.scale),
         seed=config.seed,
     )
 
@@ -218,8 +239,10 @@ def train_all(run: Run) -> TrainState:
             name: read_weights(run, weights) for name, weights in run.phases[i].frozen.items()
         }
         if int(state.step) == run.begin(i) and (i > 0 or run.phases[i].sweeps):
+            labeling.label(run, i)
             state = enter(run, i, state)
         if int(state.step) < run.begin(i + 1):
+            labeling.check(run, i)
             state = train.train_phase(run, i, state, frozen)
     return state
 
@@ -278,27 +301,13 @@ def overview(state: TrainState) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 def draw_networks(run: Run, key: jax.Array) -> dict[str, Variables]:
     """What students begin with: random variables, and where the config names pretrained weights,
-    those in the backbone, as NumPy arrays.
+    those, as NumPy arrays.
     """
     networks = draw(run.nets, key, tuple(run.config.crop), sharding.replicated(run.mesh))
     of_student = {name: configs.model_of(run.config, name) for name in networks}
-    wanted = {
-        (model["backbone"], model["pretrained"])
-        for model in of_student.values()
-        if model["pretrained"]
-    }
-    for backbone, weights in sorted(wanted):
-        students = {
-            name: networks[name]
-            for name, model in of_student.items()
-            if (model["backbone"], model["pretrained"]) == (backbone, weights)
-        }
-        loaded, report = pretrained.load(backbone, weights, students)
-        networks |= loaded
-        run.console.message(
-            f"{backbone} of {', '.join(students)} starts from {weights} weights: "
-            f"{len(report.loaded)} arrays, {len(report.unused)} of the file not used."
-        )
+    networks, lines = pretrained.load(of_student, networks)
+    for line in lines:
+        run.console.message(line)
     return networks
 
 
@@ -344,33 +353,18 @@ def enter(run: Run, index: int, state: TrainState) -> TrainState:
 
 def sweep_all(run: Run, index: int, state: TrainState) -> Mapping[str, Any]:
     """Runs a phase's sweeps in order; the method's arrays as the last one leaves them."""
-    extra, results = state.extra, {}
-    for sweep in run.phases[index].sweeps:
-        networks = {name: read_weights(run, weights) for name, weights in sweep.networks.items()}
-        # As an argument: what a jitted function closes over becomes constants of its program.
-        update = functools.partial(jax.jit(functools.partial(sweep.update, run.nets)), networks)
-        batches = pipeline.in_order(
-            run.sources[sweep.source],
-            sharding.round_up(run.config.eval.batch, run.mesh),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+    extra, sums, mesh = state.extra, {}, run.evaluator.mesh
+    for one in run.phases[index].sweeps:
+        networks = {name: read_weights(run, weights) for name, weights in one.networks.items()}
+        # As arguments: what a jitted function closes over becomes constants of its program.
+        given = sweep.local((networks, extra), mesh)
+        update = functools.partial(jax.jit(functools.partial(one.update, run.nets)), *given)
+        batches = sweep.in_shares(
+            run.sources[one.source], run.evaluator.batch, bucket=run.evaluator.bucket
         )
-        results[sweep.name] = fold(update, sweep.init(results, extra), batches, run.mesh)
-        extra = sweep.finish(results[sweep.name], extra)
+        sums[one.name] = sweep.sum_over_processes(sweep.add_up(update, batches, mesh))
+        extra = one.finish(sums, extra)
     return extra
-
-
-def read_weights(run: Run, weights: Weights) -> Variables:
-    """Reads one network of an earlier phase from its checkpoint."""
-    run.checkpoints.wait()
-    return trained.read_network(
-        run.checkpoints,
-        run.step_of(weights),
-        weights.network,
-        run.nets[weights.network.removeprefix(TEACHER)],
-        tuple(run.config.crop),
-        sharding.replicated(run.mesh),
-    )
 
 
 def open_workdir(
@@ -430,15 +424,12 @@ def _finish(run: Run) -> None:
 
 def _report(run: Run, state: TrainState) -> None:
     """Ends a run by saying its result, where the pictures are, and what to do next."""
-    last = run.phases[-1]
-    step, best = run.begin(len(run.phases)), run.best[last.name]
+    step = run.begin(len(run.phases))
     minutes, seconds = divmod(round(sum(run.stopwatch.seconds().values())), 60)
-    lines = [
-        f"Done: step {step}, {minutes}:{seconds:02d} min. Network {best['network']} on val, "
-        f"{best['mode']}: mIoU {100 * best['last']:.2f} at the end, "
-        f"{100 * best['miou']:.2f} at its best (step {best['step']}).",
-        f"Metrics:  {run.workdir / 'metrics.jsonl'}, and tensorboard --logdir {run.workdir}",
-    ]
+    first, *others = sorted(trained.results(run.best).values(), key=lambda one: -one["miou"])
+    lines = [f"Done: step {step}, {minutes}:{seconds:02d} min. {_score(first)}."]
+    lines += [f"Also:     {_score(one)}." for one in others]
+    lines += [f"Metrics:  {run.workdir / 'metrics.jsonl'}, and tensorboard --logdir {run.workdir}"]
     if "training" in (shares := run.stopwatch.percent()):
         lines.append(f"Time:     {', '.join(f'{name} {n} %' for name, n in shares.items())}")
     if skipped := int(state.skipped):
@@ -447,3 +438,10 @@ def _report(run: Run, state: TrainState) -> None:
         lines.append(f"Pictures: {pictures}")
     lines += [f"Next:     {hint}" for hint in run.config.next]
     run.console.message("\n".join(lines))
+
+
+def _score(best: Mapping[str, Any]) -> str:
+    return (
+        f"Network {best['network']} on val, {best['mode']}: mIoU {100 * best['last']:.2f} at the "
+        f"end, {100 * best['miou']:.2f} at its best (step {best['step']})"
+    )

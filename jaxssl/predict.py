@@ -39,10 +39,26 @@ from jaxssl.inference import Predict, Presentation, make_predict
 from jaxssl.predictions import Outputs, Prediction, find_images, read_image
 from jaxssl.trained import Trained, open_trained
 
+Read = Callable[[jax.Array], dict[str, jax.Array]]
+"""Logits `[h,w,C]` -> the fields of `Prediction` to find, by name; pure."""
+
 MAX_PIXELS, MAX_LOGITS = 2**22, 2**26
 """Of a piece that is predicted at once: larger images are cut into overlapping tiles."""
 
 _THREADS = 4
+
+
+def classes(logits: jax.Array) -> dict[str, jax.Array]:
+    """Reads labels alone."""
+    return {"labels": logits.argmax(-1).astype(jnp.uint8)}
+
+
+def probabilities(logits: jax.Array) -> dict[str, jax.Array]:
+    """Reads labels, confidence and probabilities."""
+    shares = jax.nn.softmax(logits)
+    confidence = jnp.round(65535 * shares.max(-1)).astype(jnp.uint16)
+    found = {"confidence": confidence, "probabilities": shares.astype(jnp.float16)}
+    return {**classes(logits), **found}
 
 
 class Predictor:
@@ -62,7 +78,7 @@ class Predictor:
         num_classes: int,
         *,
         bucket: int = 32,
-        probabilities: bool = False,
+        read: Read = classes,
         devices: Sequence[Any] | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
@@ -74,15 +90,13 @@ class Predictor:
           how: an image, or a tile of one, is shown to it.
           num_classes: C.
           bucket: what the sides of images are padded to a multiple of.
-          probabilities: whether to give them, and the confidence.
+          read: what to find, as `classes`, `probabilities`.
           devices: None takes all of this process.
           max_pixels: of a piece; fewer where there are many classes.
         """
         self._bucket = bucket
         self._max_pixels = min(max_pixels, MAX_LOGITS // num_classes)
-        self._classify = jax.jit(
-            functools.partial(_classify, make_predict(net, how), probabilities)
-        )
+        self._read = jax.jit(functools.partial(_read, make_predict(net, how), read))
         self._free: queue.Queue[tuple[Any, Variables]] = queue.Queue()
         for device in devices or jax.local_devices():
             self._free.put((device, jax.device_put(variables, device)))
@@ -96,8 +110,7 @@ class Predictor:
                 if name not in found:
                     found[name] = np.empty((*image.shape[:2], *piece.shape[2:]), piece.dtype)
                 found[name][tile.kept] = piece[tile.inner]
-        confidence, probabilities = found.get("confidence"), found.get("probabilities")
-        return Prediction(found["labels"], confidence, probabilities, len(tiles))
+        return Prediction(**found, tiles=len(tiles))
 
     def _piece(self, image: np.ndarray) -> dict[str, np.ndarray]:
         height, width = image.shape[:2]
@@ -107,26 +120,16 @@ class Predictor:
         device, variables = self._free.get()
         try:
             inputs = jax.device_put((padded, valid), device)
-            found = jax.device_get(self._classify(variables, *inputs))
+            found = jax.device_get(self._read(variables, *inputs))
         finally:
             self._free.put((device, variables))
         return {name: array[:height, :width] for name, array in found.items()}
 
 
-def _classify(
-    predict: Predict, probabilities: bool, variables: Variables, image: jax.Array, valid: jax.Array
+def _read(
+    predict: Predict, read: Read, variables: Variables, image: jax.Array, valid: jax.Array
 ) -> dict[str, jax.Array]:
-    logits = predict(variables, image[None], valid[None])[0]
-    labels = logits.argmax(-1).astype(jnp.uint8)
-    if not probabilities:
-        return {"labels": labels}
-    shares = jax.nn.softmax(logits)
-    confidence = jnp.round(65535 * shares.max(-1)).astype(jnp.uint16)
-    return {
-        "labels": labels,
-        "confidence": confidence,
-        "probabilities": shares.astype(jnp.float16),
-    }
+    return read(predict(variables, image[None], valid[None])[0])
 
 
 class Tile(NamedTuple):
@@ -174,31 +177,116 @@ def _spans(size: int, tile: int) -> list[_Span]:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Images, and the network of a run that labels them.
+
+    Attributes:
+      run: has the network.
+      network: its name.
+      step: of the run, whose weights it takes.
+      how: an image is shown to it.
+      folder: of the images.
+      names: their paths in it, sorted.
+    """
+
+    run: Trained
+    network: str
+    step: int
+    how: Presentation
+    folder: Path
+    names: tuple[Path, ...]
+
+    @classmethod
+    def of(
+        cls,
+        run: Trained,
+        images: Path,
+        outputs: Outputs,
+        *,
+        network: str | None = None,
+        step: str | int = "best",
+    ) -> Job:
+        """Finds the images, and the network.
+
+        Args:
+          run: has the network, and says how to show images to it.
+          images: a file or a folder.
+          outputs: where labels go; what is there is no image.
+          network: None takes the headline.
+          step: "best", "last" or a number.
+
+        Raises:
+          UserError: no images, two that would be written to one file, no such network or step, or
+            the run does not label pixels.
+        """
+        if run.info.task != "segmentation":
+            raise UserError(f"{run.workdir} classifies whole images: there are no pixels to label.")
+        folder, names = _inputs(images.expanduser(), outputs.folder)
+        outputs.check(names)
+        network, step = network or run.headline, run.step(step)
+        run.net(network)  # is there
+        how = Presentation.of(run.config.eval, run.config.crop)
+        if how.mode == "center_crop":  # of interest to scores alone: the whole image is shown
+            how = dataclasses.replace(how, mode="whole")
+        return cls(run, network, step, how, folder, tuple(names))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What labels depend on, for `Outputs.claim`."""
+        # Outputs are named by an image's path in its folder, which may be given by one image too.
+        source = {"workdir": str(self.run.workdir), "input": str(self.folder.resolve())}
+        return {**source, "network": self.network, "step": self.step, "mode": str(self.how)}
+
+    def predictor(self, read: Read) -> Predictor:
+        """Reads the network."""
+        config = self.run.config
+        startup.keep_compiled(config)
+        return Predictor(
+            self.run.net(self.network),
+            self.run.variables(self.network, self.step),
+            self.how,
+            self.run.info.num_classes,
+            bucket=config.eval.bucket,
+            read=read,
+        )
+
+    def words(self, todo: int) -> str:
+        """What is done, for people; `todo` of the images are still to be labeled."""
+        total = len(self.names)
+        before = f", {total - todo} of them labeled before" if total > todo else ""
+        return (
+            f"Network {self.network} of {self.run.workdir}, step {self.step}; images are shown: "
+            f"{self.how}. {total} in {self.folder}{before}."
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where an image failed, 2 for a user's mistake."""
-    args = _parser().parse_args(argv)
-    shown = {"mode": args.mode, "window": args.window, "stride": args.stride, "flip": args.flip}
-    overrides = {f"eval.{key}": value for key, value in shown.items() if value}
-    try:
-        run = open_trained(args.workdir, overrides)
+    parser = make_parser("predict", __doc__)
+    add = parser.add_argument
+    add("--nooverlay", dest="overlay", action="store_false", help="write no overlays")
+    add("--probabilities", action="store_true", help="write probabilities and confidence, too")
+    add("--label_ids", action="store_true", help="write label ids of Cityscapes, too")
+    args = parser.parse_args(argv)
+
+    def work() -> int:
+        run = open_trained(args.workdir, overrides(args))
         outputs = Outputs(
             args.output.expanduser(), run.info, args.overlay, args.probabilities, args.label_ids
         )
         return predict(
             run, args.input, outputs, network=args.network, step=args.step, overwrite=args.overwrite
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        return 130
+
+    return exit_code(work)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with what all commands take that label images."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxssl.predict",
-        description=__doc__,
+        prog=f"python -m jaxssl.{command}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -208,16 +296,35 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=Path, help="a new folder, or one to go on with")
     add("--network", help="one of the run's networks (default: the one that it reports)")
     add("--step", default="best", help="best, last, or a number (default: best)")
+
+    def show(name: str, **kwargs: Any) -> None:
+        add(f"--{name}", f"--config.eval.{name}", **kwargs)
+
     modes = ("whole", "slide", "half_res")
-    add("--mode", choices=modes, help="how images are shown (default: as the run was evaluated)")
-    add("--window", help="height,width of the windows of --mode=slide (default: the crop)")
-    add("--stride", help="height,width from one window to the next (default: 2/3 of a window)")
-    add("--flip", action="store_true", help="average with the mirror image")
-    add("--nooverlay", dest="overlay", action="store_false", help="write no overlays")
-    add("--probabilities", action="store_true", help="write probabilities and confidence, too")
-    add("--label_ids", action="store_true", help="write label ids of Cityscapes, too")
-    add("--overwrite", action="store_true", help="predict all images again")
+    show("mode", choices=modes, help="how images are shown (default: as the run was evaluated)")
+    show("window", help="height,width of the windows of --mode=slide (default: the crop)")
+    show("stride", help="height,width from one window to the next (default: 2/3 of a window)")
+    show("flip", action="store_true", help="average with the mirror image")
+    add("--overwrite", action="store_true", help="label all images again")
     return parser
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of the run's config that arguments of `make_parser` set otherwise."""
+    shown = {"mode": args.mode, "window": args.window, "stride": args.stride, "flip": args.flip}
+    return {f"eval.{key}": value for key, value in shown.items() if value}
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """That of a command which does `work`: 2 for a user's mistake, which is one message."""
+    try:
+        return work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
 
 
 def predict(
@@ -245,50 +352,42 @@ def predict(
     Raises:
       UserError: no images, no such network or step, or the output folder is in other use.
     """
-    if run.info.task != "segmentation":
-        raise UserError(f"{run.workdir} classifies whole images: there are no pixels to label.")
-    folder, names = _inputs(images.expanduser(), outputs)
-    network, step = network or run.headline, run.step(step)
-    net, how = run.net(network), Presentation.of(run.config.eval, run.config.crop)
-    if how.mode == "center_crop":  # of interest to scores alone: the whole image is shown
-        how = dataclasses.replace(how, mode="whole")
-    # Outputs are named by an image's path in its folder, which may be given by one image as well.
-    source = {"workdir": str(run.workdir), "input": str(folder.resolve())}
-    outputs.claim({**source, "network": network, "step": step, "mode": str(how)})
-    startup.keep_compiled(run.config)
-    predictor = Predictor(
-        net,
-        run.variables(network, step),
-        how,
-        run.info.num_classes,
-        bucket=run.config.eval.bucket,
-        probabilities=outputs.probabilities,
-    )
-    due = {name: outputs.due(name, folder / name, overwrite=overwrite) for name in names}
-    todo = [name for name in names if due[name]]
+    job = Job.of(run, images, outputs, network=network, step=step)
+    outputs.claim(job.settings)
+    predictor = job.predictor(probabilities if outputs.probabilities else classes)
+    files = {name: job.folder / name for name in job.names}
+    due = {name: outputs.due(name, file, overwrite=overwrite) for name, file in files.items()}
+    todo = [name for name in job.names if due[name]]
     with logs.create_console() as console:
-        before = f", {len(names) - len(todo)} of them labeled before" if names != todo else ""
-        console.message(
-            f"Network {network} of {run.workdir}, step {step}; images are shown: {how}. "
-            f"{len(names)} in {folder}{before}."
-        )
+        console.message(job.words(len(todo)))
 
         def label(name: Path) -> int:
-            image = read_image(folder / name)
+            image = read_image(files[name])
             found = predictor(image)
             outputs.write(due[name], image, found)
             return found.tiles
 
-        failed, tiled = _label_all(label, todo, console)
+        failed, tiled = label_all(label, todo, console)
         console.close()  # the bar stays above the result
-        console.message(_result(len(todo), failed, tiled, outputs))
+        console.message(
+            "\n".join([*_result(len(todo) - failed, len(todo), outputs), *remarks(failed, tiled)])
+        )
     return 1 if failed else 0
 
 
-def _label_all(
+def label_all(
     label: Callable[[Path], int], names: Sequence[Path], console: logs.Console
 ) -> tuple[int, int]:
-    """Counts of images that could not be read, and of those that were cut into tiles."""
+    """Labels images, several at a time, and shows how far that is.
+
+    Args:
+      label: labels the image of that name, and returns the pieces that it was cut into.
+      names: of the images.
+      console: where one that cannot be read is named.
+
+    Returns:
+      Counts of images that could not be read, and of those that were cut into tiles.
+    """
     failed = tiled = 0
     console.phase("predict", len(names), unit="images")
     # Reading and writing take longer than a small network; the devices take one image at a time.
@@ -309,33 +408,36 @@ def _label_all(
     return failed, tiled
 
 
-def _inputs(images: Path, outputs: Outputs) -> tuple[Path, list[Path]]:
+def remarks(failed: int, tiled: int) -> list[str]:
+    """What people should know of the counts that `label_all` returns, a line each."""
+    lines = []
+    if tiled:
+        lines.append(f"Too large for one piece, so cut into overlapping tiles: {tiled}.")
+    if failed:
+        lines.append(f"Failed, for the reasons above: {failed}.")
+    return lines
+
+
+def _inputs(images: Path, leave_out: Path) -> tuple[Path, list[Path]]:
     """The folder of the images and their paths in it."""
     if images.is_file():
         return images.parent, [Path(images.name)]
     if not images.is_dir():
         raise UserError(f"There is no file or folder {images}. Set --input to one.")
-    names = find_images(images, leave_out=outputs.folder)
+    names = find_images(images, leave_out=leave_out)
     if not names:
         raise UserError(
             f"There is no image in {images}: no file with a suffix such as .jpg or .png."
         )
-    outputs.check(names)
     return images, names
 
 
-def _result(total: int, failed: int, tiled: int, outputs: Outputs) -> str:
+def _result(labeled: int, total: int, outputs: Outputs) -> list[str]:
     folder = outputs.folder
-    lines = [
-        f"Done: labeled {total - failed} of {total} images. Classes as numbers: {folder / 'labels'}"
-    ]
+    lines = [f"Done: labeled {labeled} of {total} images. Classes as numbers: {folder / 'labels'}"]
     if outputs.overlay:
         lines.append(f"To look at: {folder / 'overlays'}, colors in {folder / 'legend.png'}")
-    if tiled:
-        lines.append(f"Too large for one piece, so cut into overlapping tiles: {tiled}.")
-    if failed:
-        lines.append(f"Failed, for the reasons above: {failed}.")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

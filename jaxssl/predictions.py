@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jaxssl.contracts import DataInfo, UnreadableError, UserError
 from jaxssl.data import cityscapes, folder
+from jaxssl.data.files import whole
 from jaxssl.data.layouts import SUFFIXES
 
 _SETTINGS = "predictions.json"
@@ -28,12 +28,14 @@ class Prediction(NamedTuple):
       labels: uint8 `[h,w]`.
       confidence: uint16 `[h,w]`, the largest probability, 65535 being 1; where asked for.
       probabilities: float16 `[h,w,C]`; where asked for.
+      levels: uint16 `[h,w]`, levels of confidence (see `selection`); where asked for.
       tiles: pieces that the image was cut into.
     """
 
     labels: np.ndarray
     confidence: np.ndarray | None = None
     probabilities: np.ndarray | None = None
+    levels: np.ndarray | None = None
     tiles: int = 1
 
 
@@ -93,11 +95,12 @@ class Outputs:
                 f"{', '.join(self.info.classes[:5])}, ..."
             )
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Makes the output folder, or makes sure that what it holds was predicted likewise."""
-        claimed = self.folder / _SETTINGS
+    def check_folder(self, settings: Mapping[str, Any]) -> None:
+        """UserError unless the output folder is a new one, or what it holds was predicted likewise;
+        nothing is written.
+        """
         try:
-            stored = json.loads(claimed.read_text())
+            stored = json.loads((self.folder / _SETTINGS).read_text())
         except (OSError, ValueError):
             stored = None
         if stored is None and (self.folder.is_file() or any(self.folder.glob("*"))):
@@ -110,7 +113,11 @@ class Outputs:
                 f"{self.folder} belongs to another input, network or mode: {json.dumps(stored)}, "
                 f"and this is {json.dumps(settings)}. Choose a new folder for --output."
             )
-        with _whole(claimed) as file:
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Makes the output folder, once `check_folder` has nothing against it."""
+        self.check_folder(settings)
+        with whole(self.folder / _SETTINGS) as file:
             file.write((json.dumps(settings, indent=1) + "\n").encode())
         self.write_legend()
 
@@ -146,12 +153,12 @@ class Outputs:
         of them if `overwrite`.
         """
         paths = self.paths(name).items()
-        return {kind: path for kind, path in paths if overwrite or _outdated(path, source)}
+        return {kind: path for kind, path in paths if overwrite or outdated(path, source)}
 
     def write(self, paths: Mapping[str, Path], image: np.ndarray, found: Prediction) -> None:
         """Writes these files of an image, each whole or not at all."""
         for kind, path in paths.items():
-            with _whole(path) as file:
+            with whole(path) as file:
                 self._save(kind, image, found, file)
 
     def write_legend(self) -> None:
@@ -165,7 +172,7 @@ class Outputs:
             y = 6 + line * i
             pen.rectangle((8, y + 4, 34, y + line - 4), fill=color, outline="gray")
             pen.text((44, y + line // 2), name, fill="black", font=font, anchor="lm")
-        with _whole(self.folder / "legend.png") as file:
+        with whole(self.folder / "legend.png") as file:
             legend.save(file, "PNG")
 
     def _save(self, kind: str, image: np.ndarray, found: Prediction, file: IO[bytes]) -> None:
@@ -189,27 +196,9 @@ class Outputs:
         return picture
 
 
-def _outdated(path: Path, source: Path) -> bool:
+def outdated(path: Path, source: Path) -> bool:
     """Whether a file is missing, or older than the one that it is made from."""
     if not path.exists():
         return True
     # An image may have gone since it was listed, or be a link to nowhere: it is named when read.
     return source.exists() and path.stat().st_mtime_ns < source.stat().st_mtime_ns
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which gets its name when it is complete."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                yield file
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error}. Free space or change --output."
-        ) from error

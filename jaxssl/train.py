@@ -15,11 +15,22 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxssl import panels, sharding, watch
+from jaxssl import panels, sharding, trained, watch
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.config import Config
-from jaxssl.contracts import Batch, Method, Network, Phase, Source, Variables, Weights
+from jaxssl.contracts import (
+    Batch,
+    DataInfo,
+    Labeling,
+    Method,
+    Network,
+    Phase,
+    Source,
+    Variables,
+    Weights,
+)
 from jaxssl.data import loading, pipeline, quarantine
+from jaxssl.data.pseudo_labels import PseudoLabeled, Store
 from jaxssl.data.transforms import Augment
 from jaxssl.evaluate import Evaluation, Evaluator
 from jaxssl.logs import Console, Logger, MetricSums, Stopwatch, memory
@@ -28,6 +39,19 @@ from jaxssl.signals import StopSignal
 from jaxssl.state import TEACHER, TrainState
 from jaxssl.step import Clock, make_train_step
 from jaxssl.watch import SkippedUpdates, Watched, Watcher, ZeroLosses
+
+
+def read_weights(run: Run, weights: Weights) -> Variables:
+    """Reads one network of an earlier phase from its checkpoint."""
+    run.checkpoints.wait()
+    return trained.read_network(
+        run.checkpoints,
+        run.step_of(weights),
+        weights.network,
+        run.nets[weights.network.removeprefix(TEACHER)],
+        tuple(run.config.crop),
+        sharding.replicated(run.mesh),
+    )
 
 
 class Stopped(Exception):  # noqa: N818
@@ -50,7 +74,8 @@ class Run:
       nets: by student.
       optimizer: one for all networks.
       schedule: of the learning rate.
-      sources: "labeled", "unlabeled" and "val".
+      sources: "labeled", "unlabeled" and "val"; "truth", the labels of the unlabeled images, where
+        pseudo-labels are to be measured.
       mesh: the devices.
       evaluator: of all networks on "val".
       watcher: looks at what the method teaches, there too.
@@ -320,12 +345,13 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
     for other in later:
         wanted += [*other.start.values(), *other.frozen.values()]
         wanted += [weights for sweep in other.sweeps for weights in sweep.networks.values()]
-    trained = {p.name for p in run.phases[: index + 1]}
+        stream = other.pseudo_labeled
+        wanted += [stream.labels.network] if stream and isinstance(stream.labels, Labeling) else []
+    done = {p.name for p in run.phases[: index + 1]}
     run.checkpoints.keep = {
-        run.step_of(weights) for weights in wanted if weights.phase in trained & run.best.keys()
+        run.step_of(weights) for weights in wanted if weights.phase in done & run.best.keys()
     }
-    if phase.name in run.best:
-        run.checkpoints.keep.add(run.best[phase.name]["step"])
+    run.checkpoints.keep |= {one["step"] for one in trained.results(run.best).values()}
     meta = {
         "phase": phase.name,
         "phases": [[p.name, p.steps] for p in run.phases],
@@ -336,17 +362,28 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
         run.checkpoints.save(step, state, meta)
 
 
+def store(workdir: Path, phase: Phase, info: DataInfo) -> Store:
+    """Where the pseudo-labels are that a phase learns from."""
+    return Store(workdir / "pseudo_labels" / phase.name, info)
+
+
 def make_feeds(
-    config: Config, phase: Phase, sources: Mapping[str, Source], mesh: Mesh
+    config: Config, phase: Phase, sources: Mapping[str, Source], mesh: Mesh, workdir: Path
 ) -> list[pipeline.Feed]:
     """What a phase reads; UserError where a batch fits neither the data nor the devices."""
     augment = Augment(
-        crop=tuple(config.crop), scale=tuple(config.augment.scale), flip=config.augment.flip
+        crop=tuple(config.crop),
+        scale=tuple(config.augment.scale),
+        flip=config.augment.flip,
+        rotate=config.augment.rotate,
+        blur=config.augment.blur,
     )
     feeds = []
     for stream in phase.streams:
         source = sources[stream.name]
         limit = quarantine.allowed(config.data.max_damaged, len(source))
+        if isinstance(stream.labels, Labeling):
+            source = PseudoLabeled(source, store(workdir, phase, source.info))
         feeds.append(pipeline.Feed(stream, source, augment, limit))
         sharding.check_batch(stream, config.batch.accumulate, mesh)
         pipeline.check(feeds[-1], config.seed, jax.process_count())
@@ -355,7 +392,7 @@ def make_feeds(
 
 def _batches(run: Run, index: int, *, start: int) -> pipeline.Batches:
     config, phase = run.config, run.phases[index]
-    feeds = make_feeds(config, phase, run.sources, run.mesh)
+    feeds = make_feeds(config, phase, run.sources, run.mesh, run.workdir)
     return pipeline.batches(
         feeds,
         seed=config.seed,
@@ -366,17 +403,19 @@ def _batches(run: Run, index: int, *, start: int) -> pipeline.Batches:
         process_count=jax.process_count(),
         workers=config.data.workers,
         threads=config.data.threads,
-        on_damage=_quarantine(run, index, feeds).add,
+        on_damage=quarantine_for(run, index).add,
     )
 
 
-def _quarantine(run: Run, index: int, feeds: Sequence[pipeline.Feed]) -> quarantine.Quarantine:
-    process = jax.process_index()
+def quarantine_for(run: Run, index: int) -> quarantine.Quarantine:
+    """Where a phase notes images that cannot be read."""
+    process, limit = jax.process_index(), run.config.data.max_damaged
+    streams = {stream.name for stream in run.phases[index].streams}
     return quarantine.Quarantine(
         run.workdir,
         run.phases[index].name,
         run.begin(index),
-        {feed.stream.name: feed.max_damaged for feed in feeds},
+        {name: quarantine.allowed(limit, len(run.sources[name])) for name in streams},
         # The console of the other processes is silent, but what they read they alone know.
         say=functools.partial(print, file=sys.stderr) if process else run.console.message,
         process_index=process,

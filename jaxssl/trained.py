@@ -34,8 +34,9 @@ class Trained:
       nets: by student.
       phases: (name, steps) of each phase, in order.
       phase: the one that the newest checkpoint belongs to.
-      best: the best evaluation of the headline in `phase`: {"step", "miou", "network", "mode",
-        "last"}; None before the first one.
+      best: the result: the best evaluation of the headline in `phase`, {"step", "miou",
+        "network", "mode", "last"}, or of another phase's headline that scored higher in its last
+        phase; None before the first one in `phase`.
       kept: steps whose checkpoints are there, rising; more than one.
     """
 
@@ -58,7 +59,7 @@ class Trained:
 
     @property
     def headline(self) -> str:
-        """The network that the run's results are about."""
+        """The network that the run's result is about."""
         return self.method.headline if self.best is None else self.best["network"]
 
     def net(self, network: str | None = None) -> Network:
@@ -150,9 +151,26 @@ def open_trained(workdir: str | Path, overrides: Mapping[str, Any] | None = None
         nets=nets,
         phases=tuple((name, steps) for name, steps in meta["phases"]),
         phase=meta["phase"],
-        best=meta["best"].get(meta["phase"]),
+        best=_best(meta["best"], meta["phase"]),
         kept=kept,
     )
+
+
+def results(best: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The best evaluation of each reported network in the last phase that reports it.
+
+    Args:
+      best: by phase, in order, as `Run.best`.
+    """
+    return {record["network"]: record for record in best.values()}
+
+
+def _best(best: Mapping[str, Mapping[str, Any]], phase: str) -> Mapping[str, Any] | None:
+    """The best of all results; scores of other modes than the newest phase's do not compare."""
+    if phase not in best:
+        return None
+    modes = (one for one in results(best).values() if one.get("mode") == best[phase].get("mode"))
+    return max(modes, key=lambda one: one["miou"])
 
 
 def read_network(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxssl import metrics, sharding
+from jaxssl import metrics, sharding, sweep
 from jaxssl.config import Config
 from jaxssl.contracts import (
     IGNORE_LABEL,
@@ -32,7 +32,6 @@ from jaxssl.data import loading, pipeline
 from jaxssl.evaluate import Evaluator
 from jaxssl.inference import Presentation
 from jaxssl.state import TEACHER, TrainState
-from jaxssl.sweep import fold
 
 PRIOR_IMAGES = 500
 """Labeled training images, evenly spaced, whose labels the prior is counted from at most."""
@@ -65,20 +64,6 @@ def total_variation(a: jax.Array, b: jax.Array) -> jax.Array:
     """Half the L1 distance of two softmaxes, in [0,1]; logits `[...,C]` -> `[...]`."""
     difference = jax.nn.softmax(a) - jax.nn.softmax(b)
     return jnp.abs(difference).sum(-1) / 2
-
-
-def kl_divergence(prior: np.ndarray, counts: np.ndarray) -> float:
-    """KL(prior || pseudo-labels) of two class distributions given as counts `[C]`, in nats.
-
-    A class without a pixel in the prior adds nothing to the sum. A class of the prior that is never
-    taught counts as half a pixel, else the divergence were infinite. nan where either is empty.
-    """
-    if not prior.sum() or not counts.sum():
-        return float("nan")
-    known = prior > 0
-    floored = np.where(known, np.maximum(counts, 0.5), counts)
-    p, q = prior[known] / prior.sum(), floored[known] / floored.sum()
-    return float(np.sum(p * np.log(p / q)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +131,8 @@ class Watched:
 
     @property
     def kl(self) -> float:
-        """KL(prior || pseudo-labels), see `kl_divergence`."""
-        return kl_divergence(self.prior, self.pseudo.per_class)
+        """KL(prior || pseudo-labels), see `metrics.kl_divergence`."""
+        return metrics.kl_divergence(self.prior, self.pseudo.per_class)
 
     @property
     def title(self) -> str:
@@ -256,24 +241,19 @@ class Watcher:
         names = {labeler, *(name for pair in self._pairs.values() for name in pair)}
         run, mesh = self._evaluator, self._evaluator.mesh
         networks = {name: run.local(state.network(name)) for name in sorted(names)}
-        now, total = np.float32(progress), collections.defaultdict[str, Any](int)
+        now = np.float32(progress)
 
-        def update(carry: None, batch: Mapping[str, jax.Array]) -> tuple[None, object]:
+        def update(batch: Mapping[str, jax.Array]) -> object:
             logits = {
                 name: run.predict(name, self._how, variables, batch)
                 for name, variables in networks.items()
             }
-            return carry, self._compare(logits, batch["label"], batch["valid"], now)
-
-        def add(_: object, measured: Mapping[str, np.ndarray]) -> None:
-            # Over a data set, int32 would overflow and float32 round.
-            for name, value in measured.items():
-                total[name] += value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
+            return self._compare(logits, batch["label"], batch["valid"], now)
 
         # One image for each device: several networks' logits are large.
         batches = pipeline.in_order(self._source, mesh.size, bucket=self._bucket)
         with run.telling_compilations("Watching"):
-            fold(update, None, batches, mesh, sink=add)
+            total = sweep.add_up(update, batches, mesh)
         return Watched(
             labeler,
             PseudoLabels(total["counts"]),

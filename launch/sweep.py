@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def _print_table(rows: list[Any], workdir: Path) -> None:
-    print(f"{'row':40s} {'mIoU here':>10s}   published (VOC)")
+    print(f"{'row':40s} {'mIoU here':>10s}   published")
     for row in rows:
         lines = [json.loads(line) for line in (workdir / row.name / "metrics.jsonl").open()]
         last = [line["val/miou"] for line in lines if "val/miou" in line][-1]

@@ -1,5 +1,6 @@
 """Every config builds; at full size its steps are traced, not run."""
 
+import collections
 import functools
 import importlib.util
 import itertools
@@ -15,15 +16,19 @@ import pytest
 
 from jaxssl import auto, methods, models, optim
 from jaxssl import config as configs
-from jaxssl.contracts import Plan, UserError
+from jaxssl.contracts import Labeling, Plan, UserError
 from jaxssl.data import masks, tfds
 from jaxssl.data.folder import Facts
+from jaxssl.inference import Presentation
 from jaxssl.state import create
 from jaxssl.step import Clock, make_train_step
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path.stem for path in (ROOT / "configs").glob("*_cityscapes.py"))
+CITYSCAPES = sorted(path.stem for path in (ROOT / "configs").glob("*_cityscapes.py"))
+# Those with one network and the words of `configs.cityscapes`.
+FILES = [name for name in CITYSCAPES if name.split("_")[0] in ("supervised", "cps", "mkd")]
 FOLDERS = sorted(path.stem for path in (ROOT / "configs").glob("*_folder.py"))
+VOC = sorted(path.stem for path in (ROOT / "configs").glob("*_voc.py"))
 SPLITS = ("1_16", "1_8", "1_4", "1_2")
 
 
@@ -44,13 +49,15 @@ def trace(config, num_classes: int = 19):
     nets = {n: models.load(configs.model_of(config, n), num_classes) for n in method.students}
     batch = {"labeled": config.batch.labeled, "unlabeled": config.batch.unlabeled}
     sizes = {"labeled": 186, "unlabeled": 2789}
-    plan = Plan(sizes, batch, num_classes, steps=config.steps, warmup=config.warmup)
+    size = tuple(config.crop)
+    budget = {"steps": config.steps, "epochs": config.epochs, "warmup": config.warmup}
+    plan = Plan(sizes, batch, num_classes, **budget, crop=size)
     optimizer = optim.make_optimizer(config.optimizer)
-    size, key = tuple(config.crop), jax.random.key(0)
+    key = jax.random.key(0)
     variables = {
         n: jax.eval_shape(functools.partial(net.init, size=size), key) for n, net in nets.items()
     }
-    for phase in method.phases(plan):
+    for phase in unlike(method.phases(plan)):
         make = functools.partial(create, method, nets, optimizer, phase.train)
         state = jax.eval_shape(make, variables)
         step = make_train_step(
@@ -68,12 +75,24 @@ def trace(config, num_classes: int = 19):
         yield state, after, metrics
 
 
+def unlike(phases):
+    """Phases without those that train as many networks on the same arrays as one before."""
+    seen = {}
+    for phase in phases:
+        streams = tuple((s.name, s.batch, type(s.labels)) for s in phase.streams)
+        seen.setdefault((len(phase.train), streams), phase)
+    return seen.values()
+
+
 def arrays(stream, size):
     image = jax.ShapeDtypeStruct((stream.batch, *size, 3), jnp.uint8)
     valid = jax.ShapeDtypeStruct((stream.batch, *size), jnp.bool_)
     label = jax.ShapeDtypeStruct((stream.batch, *size), jnp.uint8)
-    unlabeled = {"image": image, "valid": valid}
-    return unlabeled if stream.labels is None else {**unlabeled, "label": label}
+    confidence = jax.ShapeDtypeStruct((stream.batch, *size), jnp.float32)
+    found = {"image": image, "valid": valid}
+    if stream.labels is not None:
+        found["label"] = label
+    return found | ({"confidence": confidence} if isinstance(stream.labels, Labeling) else {})
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -99,6 +118,39 @@ def test_variants_say_what_they_are(name):
     assert tuple(streets.crop) == tuple(streets.data.size)
 
 
+@pytest.mark.parametrize("name", ["cps_voc", "mkd_voc", "supervised_voc"])
+def test_variants_of_voc(name):
+    for split, backbone in itertools.product((*SPLITS, "92", "1464"), ("r50", "r101")):
+        config = get_config(name, f"{backbone},{split}")
+        assert config.model.backbone == {"r50": "resnet50", "r101": "resnet101"}[backbone]
+        assert config.data.split == {"1464": "all"}.get(split, split)
+        assert config.data.set == ("blender" if split in SPLITS else "classic")
+        assert config.data.extra == (split not in SPLITS and name != "supervised_voc")
+    assert get_config(name).data.split == "1_16"
+    for arg, backbone in ((None, "resnet50"), ("pretrained,92", "efficientnet_lite0")):
+        config = get_config(name, arg)
+        assert config.model.backbone == backbone
+        # Of MKD's paper.
+        assert (config.optimizer.learning_rate, config.optimizer.head_factor) == (0.0025, 1)
+        assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.9, 5e-4)
+        assert (config.steps, config.warmup, tuple(config.crop)) == (30_000, 0, (512, 512))
+        assert (config.batch.labeled, config.batch.unlabeled) == (16, 16)
+        assert (config.eval.mode, tuple(config.eval.scales)) == ("whole", (1.0,))
+    with pytest.raises(UserError, match="'92' and '1_8' exclude each other"):
+        get_config(name, "92,1_8")
+
+
+def test_all_labels_of_voc():
+    config = get_config("supervised_voc", "all")
+    assert (config.data.set, config.data.split, config.data.extra) == ("blender", "all", False)
+
+
+def test_full_size_steps_on_voc_keep_the_state():
+    ((before, after, metrics),) = trace(get_config("supervised_voc"), 21)
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+    assert metrics["loss"][0].shape == ()
+
+
 def settled(name, arg, classes=3):
     """A folder's config with everything chosen, for a few small images."""
     table = tuple(f"class {i}" for i in range(classes))
@@ -108,7 +160,14 @@ def settled(name, arg, classes=3):
 
 @pytest.mark.parametrize(
     ("name", "classes"),
-    [("mkd_folder", 2), ("mkd_folder", 150), ("cps_folder", 150), ("supervised_folder", 2)],
+    [
+        ("mkd_folder", 2),
+        ("mkd_folder", 150),
+        ("cps_folder", 150),
+        ("supervised_folder", 2),
+        ("dars_folder", 2),
+        ("dmt_folder", 2),
+    ],
 )
 def test_folders_of_few_and_many_classes_train(name, classes):
     config = settled(name, "small", classes)
@@ -162,14 +221,14 @@ def test_pretrained_swaps_the_backbone(name):
         get_config(name, "r101,pretrained")
 
 
-@pytest.mark.parametrize("name", [*FILES, *FOLDERS, "mkd_pets"])
+@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, "mkd_pets"])
 def test_docstrings_give_command_cost_and_published_figure(name):
     text = load(name).__doc__
     for word in ("Command", "python -m jaxssl.main", "Cost:", "Published"):
         assert word in text
 
 
-@pytest.mark.parametrize("name", [*FILES, *FOLDERS, "mkd_pets"])
+@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, "mkd_pets"])
 def test_configs_list_every_field_of_their_method(name):
     config = get_config(name)
     method = methods.load(config.method)
@@ -206,6 +265,188 @@ def test_mkd_defaults_are_the_papers():
     assert (config.batch.labeled, config.batch.unlabeled) == (16, 16)
     assert (config.model.output_stride, config.model.separable) == (16, True)
     assert config.warmup == 0
+
+
+@pytest.mark.parametrize("network", ["pspnet50", "deeplab_v2"])
+def test_full_size_steps_of_dars_keep_the_state(network):
+    config = get_config("dars_cityscapes", network)
+    for before, after, metrics in trace(config):
+        assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+        assert metrics["loss"][0].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "ratios", "scales", "shown"),
+    [
+        ("dars_cityscapes", None, (0.2, 0.5), ((0.25, 1.0), (0.2, 1.5)), 0.5),
+        ("dars_cityscapes", "1_4", (0.4, 0.6), ((0.25, 1.0), (0.2, 1.5)), 0.5),
+        ("dars_cityscapes", "1_8,crop713", (0.4, 0.65), ((0.5, 2.0), (0.5, 3.0)), 1.0),
+        ("dars_cityscapes", "1_4,crop713", (0.4, 0.65), ((0.5, 2.0), (0.4, 2.5)), 1.0),
+        ("dars_cityscapes", "deeplab_v2", (0.2, 0.45), ((0.25, 1.0), (0.25, 1.0)), 0.5),
+        ("dars_voc", None, (0.4, 0.5), ((0.5, 1.5), (0.5, 2.0)), 0.8),
+    ],
+)
+def test_rounds_of_dars_are_the_released_ones(name, arg, ratios, scales, shown):
+    config = get_config(name, arg)
+    method, crop = methods.load(config.method), tuple(config.crop)
+    given = {"epochs": config.epochs, "crop": crop, "scale": tuple(config.augment.scale)}
+    plan = Plan({"labeled": 372, "unlabeled": 2603}, dict(config.batch), 19, **given)
+    rounds = [phase.pseudo_labeled for phase in method.phases(plan)[1:]]
+    found = [stream.augment["scale"] for stream in rounds]
+    assert found == [pytest.approx(scale) for scale in scales]
+    assert tuple(stream.labels.rule.ratio for stream in rounds) == ratios
+    # Images are labeled as they are evaluated.
+    evaluated = Presentation.of(config.eval, crop)
+    assert all(stream.labels.shown == evaluated for stream in rounds)
+    assert (evaluated.mode, evaluated.flip, evaluated.scales) == ("slide", True, (shown,))
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "crop", "rate"),
+    [
+        ("dars_cityscapes", None, 361, 0.01),
+        ("dars_cityscapes", "crop713", 713, 0.01),
+        ("dars_cityscapes", "extra", 713, 0.01),
+        ("dars_cityscapes", "deeplab_v2", 361, 0.002),
+        ("dars_cityscapes", "pretrained", 361, 0.01),
+        ("dars_voc", "1_8", 321, 0.01),
+    ],
+)
+def test_dars_trains_as_the_paper_says(name, arg, crop, rate):
+    config = get_config(name, arg)
+    assert tuple(config.crop) == (crop, crop)
+    assert (config.batch.labeled, config.batch.unlabeled) == (8, 8)
+    assert (config.optimizer.learning_rate, config.optimizer.head_factor) == (rate, 10.0)
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.9)
+    assert (config.optimizer.weight_decay, config.optimizer.schedule) == (1e-4, "poly")
+    assert (config.augment.rotate, config.augment.blur, config.augment.flip) == (10.0, 0.5, True)
+    assert config.model.batch_norm_momentum == 0.1
+    assert (config.epochs is None) != (config.steps is None)
+
+
+def test_extra_images_of_dars():
+    config = get_config("dars_cityscapes", "extra")
+    assert (config.data.split, config.data.extra) == ("all", True)
+    assert config.steps == 200 * 3000 / 8
+
+
+@pytest.mark.parametrize("arg", ["streets", "streets,long", "streets,pretrained,1_8"])
+def test_streets_of_dars(arg):
+    config = get_config("dars_cityscapes", arg)
+    other = get_config("supervised_cityscapes", arg)
+    config.method, config.next = other.method, other.next
+    assert config.to_dict() == other.to_dict()
+
+
+@pytest.mark.parametrize(
+    "arg",
+    ["crop361,crop713", "streets,crop713", "streets,deeplab_v2", "extra,1_8", "extra,crop361"],
+)
+def test_words_of_dars_that_exclude_each_other(arg):
+    with pytest.raises(UserError, match="exclude each other"):
+        get_config("dars_cityscapes", arg)
+
+
+def test_sweep_rows_of_dars_build_and_match_the_tables():
+    rows = load("dars_sweep").get_rows()
+    assert len({row.name for row in rows}) == len(rows) == 15
+    rounds = collections.Counter()
+    for row in rows:
+        config = get_config("dars_cityscapes", "streets")
+        config.update_from_flattened_dict(row.overrides)
+        method = methods.load(config.method)
+        sizes = {"labeled": 8, "unlabeled": 392}
+        rounds[len(method.phases(Plan(sizes, dict(config.batch), 19, steps=5))) - 1] += 1
+    assert rounds == {0: 1, 1: 8, 2: 6}
+    published = {row.name: row.published["pspnet50"] for row in rows}
+    assert published["table4/baseline"] == 60.75
+    assert published["table4/dars_it"] == published["table6/round2_50_wider"] == 69.64
+    assert published["table4/dars"] == published["table6/round1_20"] == 68.01
+
+
+def test_full_size_steps_of_dmt_keep_the_state():
+    states = 0
+    for before, after, metrics in trace(get_config("dmt_cityscapes")):
+        assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+        assert metrics["loss"][0].shape == ()
+        states += 1
+    assert states == 2  # on labels, and in a round
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "epochs", "batch", "crop", "gammas", "rate", "start"),
+    [
+        ("dmt_cityscapes", None, 10, (2, 6), (256, 512), 3, (4e-3, None), "weights"),
+        ("dmt_cityscapes", "1_8,r50", 10, (2, 6), (256, 512), 3, (4e-3, None), "weights"),
+        ("dmt_cityscapes", "1_30", 8, (1, 7), (256, 512), 3, (4e-3, None), "weights"),
+        ("dmt_cityscapes", "pretrained", 10, (2, 6), (256, 512), 3, (4e-3, None), "sampling"),
+        ("dmt_voc", None, 5, (1, 7), (321, 321), 5, (1e-3, 2e-3), "weights"),
+        ("dmt_voc", "1464", 5, (1, 7), (321, 321), 5, (1e-3, 2e-3), "weights"),
+        ("dmt_voc", "1_20", 4, (1, 7), (321, 321), 5, (1e-3, 2e-3), "weights"),
+        ("dmt_voc", "1_50", 4, (1, 7), (321, 321), 5, (1e-3, 2e-3), "sampling"),
+        ("dmt_voc", "1_106", 4, (1, 7), (321, 321), 5, (1e-3, 2e-3), "sampling"),
+        ("dmt_voc", "1_8,pretrained", 5, (1, 7), (321, 321), 5, (1e-3, 2e-3), "sampling"),
+    ],
+)
+def test_dmt_trains_as_table_1_says(name, arg, epochs, batch, crop, gammas, rate, start):
+    config = get_config(name, arg)
+    assert (config.epochs, config.steps, config.warmup) == (epochs, None, 0)
+    assert (config.batch.labeled, config.batch.unlabeled) == batch
+    assert (tuple(config.crop), config.method.gamma_1, config.method.gamma_2) == (
+        crop,
+        gammas,
+        gammas,
+    )
+    assert (config.optimizer.learning_rate, config.method.supervised_rate) == rate
+    assert (config.method.start, config.method.alpha) == (start, 0.8)
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.9)
+    assert (config.optimizer.schedule, config.optimizer.power) == ("poly", 0.9)
+    assert (config.optimizer.weight_decay, config.optimizer.head_factor) == (5e-4, 1.0)
+    assert (config.model.name, config.model.output_stride) == (
+        "deeplab_v2",
+        16 if "pretrained" in (arg or "") else 8,
+    )
+    assert config.model.backbone == {
+        "1_8,r50": "resnet50",
+        "pretrained": "efficientnet_lite0",
+        "1_8,pretrained": "efficientnet_lite0",
+    }.get(arg, "resnet101")
+    half = name == "dmt_cityscapes"
+    assert tuple(config.augment.scale) == ((0.25, 0.75) if half else (0.5, 1.5))
+    assert config.eval.mode == ("half_res" if half else "whole")
+    assert config.method.label_scale == (0.5 if half else 1.0)
+    if name == "dmt_voc":
+        assert config.data.set == ("classic" if arg == "1464" else "blender")
+
+
+@pytest.mark.parametrize("arg", ["streets", "streets,long", "streets,pretrained,1_8"])
+def test_streets_of_dmt(arg):
+    """Networks, data and the updates of a network are those of the other methods."""
+    config, other = get_config("dmt_cityscapes", arg), get_config("supervised_cityscapes", arg)
+    rounds = len(config.method.ratios)
+    assert config.warmup + rounds * config.steps == other.warmup + other.steps
+    assert config.method.supervised_rate == other.optimizer.learning_rate
+    other.update(warmup=config.warmup, steps=config.steps)
+    other.optimizer.learning_rate /= 2
+    config.method, config.next = other.method, other.next
+    assert config.to_dict() == other.to_dict()
+
+
+def test_sweep_rows_of_dmt_build_and_match_the_table():
+    rows = load("dmt_sweep").get_rows()
+    phases = {}
+    for row in rows:
+        config = get_config("dmt_cityscapes", "streets")
+        config.update_from_flattened_dict(row.overrides)
+        method = methods.load(config.method)
+        sizes = {"labeled": 8, "unlabeled": 392}
+        phases[row.name] = len(method.phases(Plan(sizes, dict(config.batch), 19, steps=5)))
+    assert list(phases.values()) == [1, 2, 6, 6, 12, 12, 12]
+    published = {row.name: tuple(row.published.values()) for row in rows}
+    assert published["table7/online_st"] == (63.12, 53.52)
+    assert published["table7/dmt"] == (70.16, 68.37)
+    weights = {row.name: row.overrides["method.weight"] for row in rows}
+    assert weights["table7/cbst"] == weights["table7/online_st"] == "none"
 
 
 def test_students_may_differ():

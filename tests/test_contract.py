@@ -2,7 +2,8 @@
 
 Each class is a method as the engine sees it. Its phases are complete, and its loss forwards the
 networks that the paper forwards, on the streams and in the BatchNorm mode it does. Where an
-equation is not the point, the library's cross entropy stands for it. MKD is the library's own.
+equation is not the point, the library's cross entropy stands for it. MKD, DMT and DARS are the
+library's own.
 """
 
 import collections
@@ -18,11 +19,23 @@ import numpy as np
 import pytest
 
 from jaxssl import contracts, losses, mixing, optim, sharding, views
-from jaxssl.contracts import IGNORE_LABEL, Aux, Outputs, Phase, Plan, Stream, Variables, Weights
-from jaxssl.methods import mkd, supervised
+from jaxssl.contracts import (
+    IGNORE_LABEL,
+    Aux,
+    Labeling,
+    Outputs,
+    Phase,
+    Plan,
+    Stream,
+    Variables,
+    Weights,
+)
+from jaxssl.inference import WHOLE
+from jaxssl.methods import dars, dmt, mkd, supervised
+from jaxssl.selection import TopShare
 from jaxssl.state import TEACHER, create
 from jaxssl.step import Clock, make_train_step
-from jaxssl.sweep import fold
+from jaxssl.sweep import add_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +251,7 @@ class RML(contracts.Method):
         for name in ("stage_1", "stage_2"):
             start = {a: Weights(phases[-1].name, TEACHER + a) for a in self.students}
             first = Prototypes("labeled_prototypes", "labeled", start)
-            second = Prototypes("prototypes", "unlabeled", start, after=first.name)
+            second = Prototypes("prototypes", "unlabeled", start, along=(first.name,))
             stage = Phase(
                 name, steps, self.students, streams(plan), frozen=start, sweeps=(first, second)
             )
@@ -324,109 +337,37 @@ def nearness(features, prototypes):
 
 @dataclasses.dataclass(frozen=True)
 class Prototypes:
-    """A sweep for each image set: the second goes on with the sums of the first."""
+    """A sweep for each image set: the second one takes the sums of the first along."""
 
     name: str
     source: str
     networks: Mapping[str, Weights]
-    after: str = ""
+    along: tuple[str, ...] = ()
 
-    def init(self, results, extra):
-        empty = {
-            n: (jnp.zeros_like(x), jnp.zeros((len(x), 1))) for n, x in extra["prototypes"].items()
-        }
-        return results.get(self.after, empty)
-
-    def update(self, nets, networks, carry, batch):
+    def update(self, nets, networks, extra, batch):
         sums = {}
         for name, variables in networks.items():
             outputs, _ = nets[name].apply(*variables, batch["image"], batch_stats=False)
             real = batch["index"][:, None, None] >= 0
             labels = jnp.where(real, outputs.logits.argmax(-1), IGNORE_LABEL)
-            means, present = class_means(outputs.features, labels, outputs.logits.shape[-1])
-            sums[name] = means.sum(0), present.sum(0, dtype=jnp.float32)[:, None]
-        return jax.tree.map(jnp.add, carry, sums), {}
+            means, present = class_means(outputs.features, labels, len(extra["prototypes"][name]))
+            sums[name] = means.sum(0), present.sum(0)[:, None]
+        return sums
 
-    def finish(self, carry, extra):
-        means = {name: total / jnp.maximum(count, 1) for name, (total, count) in carry.items()}
+    def finish(self, sums, extra):
+        parts = [sums[name] for name in (*self.along, self.name)]
+        means = {}
+        for name, old in extra["prototypes"].items():
+            totals, counts = (sum(part[name][i] for part in parts) for i in (0, 1))
+            means[name] = jnp.asarray(totals / np.maximum(counts, 1), old.dtype)
         return {**extra, "prototypes": means}
 
 
-@dataclasses.dataclass(frozen=True)
-class DMT(contracts.Method):
-    """Demands networks that train in turn, start from the best of a phase long past and learn from
-    files that the other one's labeled; two sweeps, one for thresholds; parts of the labeled images.
-    """
-
-    ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
-    part: float = 1.0
-    gamma: float = 3.0
-    supervised_epochs: float = 60.0
-    supervised_rate: float = 4e-3
-
-    @property
-    def students(self):
-        return ("a", "b")
-
-    def phases(self, plan):
-        whole, images = sum(plan.batch.values()), plan.sizes["labeled"]
-        epochs = self.supervised_epochs * math.sqrt(1 + plan.sizes["unlabeled"] / images)
-        steps = round(epochs * self.part * images / whole)
-        phases, newest = [], {}
-        for name, part in {"a": (0.0, self.part), "b": (1 - self.part, 1.0)}.items():
-            labeled = (Stream("labeled", whole, part=part),)
-            phase = Phase(
-                f"supervised_{name}",
-                steps,
-                (name,),
-                labeled,
-                learning_rate=self.supervised_rate,
-                headline=name,
-            )
-            phases.append(phase)
-            newest[name] = Weights(phase.name, name, "best")
-        for number, ratio in enumerate(self.ratios, 1):
-            before, steps = dict(newest), plan.main_steps("unlabeled")
-            for name, other in (("b", "a"), ("a", "b")):
-                labeler = {other: before[other]}
-                phase = Phase(
-                    f"round_{number}_{name}",
-                    steps,
-                    (name,),
-                    streams(plan, labels="label"),
-                    start={name: before[name]},
-                    sweeps=(Count(plan.num_classes, labeler), Keep(ratio, labeler)),
-                    headline=name,
-                )
-                phases.append(phase)
-                newest[name] = Weights(phase.name, name, "best")
-        return tuple(phases)
-
-    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
-        (name,) = phase.train
-        net, labeled = nets[name], batch["labeled"]
-        if "unlabeled" not in batch:
-            return supervised.warmup_loss(self, {name: net}, params, state, labeled, key)
-        image, valid, labels = joined(batch, "image", "valid", "label")
-        outputs, stats = net.apply(
-            params[name], state.stats[name], image, valid=valid, batch_stats=True, key=key
-        )
-        logits = net.resize(outputs.logits, size_of(labels))
-        weights = weigh(logits, batch, self.gamma)
-        loss = losses.cross_entropy(logits, labels, weights=weights)
-        metrics = {"weight": (weights.mean(), jnp.ones(()))}
-        return loss, Aux({name: stats}, {}, state.extra, metrics)
-
-
 def weigh(logits, batch, gamma):
-    """1 on labeled, DMT's dynamic weights on unlabeled positions (its equations 5 to 7)."""
-    pseudo = batch["unlabeled"]
-    n, C = batch["labeled"]["image"].shape[0], logits.shape[-1]
+    """1 on labeled, DMT's dynamic weights on unlabeled positions."""
+    pseudo, n = batch["unlabeled"], len(batch["labeled"]["image"])
     p = jax.lax.stop_gradient(jax.nn.softmax(logits[n:]))
-    labels = pseudo["label"]
-    at_label = jnp.take_along_axis(p, jnp.minimum(labels, C - 1)[..., None], -1)[..., 0]
-    believed = (p.argmax(-1) == labels) | (pseudo["confidence"] >= p.max(-1))
-    dynamic = jnp.where(believed, at_label**gamma, 0.0)
+    dynamic = dmt.dynamic_weight(p, pseudo["label"], pseudo["confidence"], gamma, gamma)
     return jnp.concatenate([jnp.ones((n, *dynamic.shape[1:])), dynamic])
 
 
@@ -461,14 +402,15 @@ class DMTImages(contracts.Method):
         steps = round(epochs * images / whole)
         phases = [Phase("supervised", steps, self.students, (Stream("labeled", whole),))]
         for number, ratio in enumerate(self.ratios, 1):
-            labeler = {"a": Weights(phases[-1].name, "teacher_a")}
+            labeling = Labeling(
+                Weights(phases[-1].name, "teacher_a"), TopShare(ratio, per_class=False), WHOLE
+            )
             phase = Phase(
                 f"round_{number}",
                 round(ratio * plan.main_steps("unlabeled")),
                 self.students,
-                streams(plan, labels="label"),
+                streams(plan, labels=labeling),
                 reinitialize=self.students,
-                sweeps=(Count(plan.num_classes, labeler), Keep(ratio, labeler, per_class=False)),
             )
             phases.append(phase)
         return tuple(phases)
@@ -500,194 +442,7 @@ class DMTImages(contracts.Method):
         return loss, Aux({"a": stats}, state.teacher_stats, state.extra, {})
 
 
-@dataclasses.dataclass(frozen=True)
-class DARS(contracts.Method):
-    """Demands rounds that go on with the network as it is, a schedule that restarts or stretches,
-    three sweeps (one over ground truth), random labels by sliding windows, and wider scales.
-    """
-
-    ratios: tuple[float, ...] = (0.2, 0.5)
-    scales: tuple[tuple[float, float], ...] = ((0.25, 1.0), (0.2, 1.5))
-    schedule: str = "restart"
-
-    @property
-    def students(self):
-        return ("a",)
-
-    def phases(self, plan):
-        steps, whole = plan.main_steps("unlabeled"), sum(plan.batch.values())
-        # As many images as an unlabeled epoch has, with a batch of labeled images alone.
-        supervised_steps = round(steps * plan.batch["unlabeled"] / whole)
-        labeled = (Stream("labeled", whole),)
-        phases = [Phase("supervised", supervised_steps, self.students, labeled)]
-        for number, (ratio, scale) in enumerate(zip(self.ratios, self.scales, strict=True), 1):
-            labeler, seed = {"a": Weights(phases[-1].name, "a")}, plan.seed + number
-            sweeps = (
-                Prior(plan.num_classes),
-                Count(plan.num_classes, labeler, plan.crop),
-                Align(ratio, labeler, plan.crop, seed),
-            )
-            wider = [
-                dataclasses.replace(stream, augment={"scale": scale})
-                for stream in streams(plan, labels="label")
-            ]
-            stretched = self.schedule == "stretched"
-            phase = Phase(
-                f"round_{number}",
-                steps,
-                self.students,
-                tuple(wider),
-                optimizer="continue" if stretched else "fresh",
-                schedule=(number * steps, (number + 1) * steps) if stretched else None,
-                sweeps=sweeps,
-            )
-            phases.append(phase)
-        return tuple(phases)
-
-    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
-        loss, stats = jnp.zeros(()), state.stats
-        for i, stream in enumerate(batch.values()):
-            run = supervised.forward(nets, params, stats, stream, jax.random.fold_in(key, i))
-            loss += supervised.loss_at_full_size(
-                nets["a"], run.outputs["a"], stream["label"], auxiliary_weight=0.4
-            )
-            stats = run.stats
-        return loss, Aux(stats, state.teacher_stats, state.extra, {})
-
-
-BINS = 1001
-
-
-@dataclasses.dataclass(frozen=True)
-class Prior:
-    """A sweep over ground truth: pixels per class, int32 `[C]`."""
-
-    num_classes: int
-    networks: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
-    name: str = "prior"
-    source: str = "labeled"
-
-    def init(self, results, extra):
-        return jnp.zeros(self.num_classes, jnp.int32)
-
-    def update(self, nets, networks, carry, batch):
-        # 255 is out of range, and so is not counted.
-        return carry.at[batch["label"].astype(jnp.int32)].add(1, mode="drop"), {}
-
-    def finish(self, carry, extra):
-        return extra
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """A sweep that counts positions by predicted class and confidence, int32 `[C,BINS]`."""
-
-    num_classes: int
-    networks: Mapping[str, Weights]
-    window: tuple[int, int] | None = None
-    name: str = "count"
-    source: str = "unlabeled"
-
-    def init(self, results, extra):
-        return jnp.zeros((self.num_classes, BINS), jnp.int32)
-
-    def update(self, nets, networks, carry, batch):
-        label, confidence = predict(nets, networks, batch, self.window)
-        real = batch["index"].reshape(-1, *[1] * (label.ndim - 1)) >= 0
-        return carry.at[label, to_bin(confidence)].add(real.astype(jnp.int32)), {}
-
-    def finish(self, carry, extra):
-        return extra
-
-
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """A sweep that labels the most confident positions, of each class or of all."""
-
-    ratio: float
-    networks: Mapping[str, Weights]
-    per_class: bool = True
-    name: str = "label"
-    source: str = "unlabeled"
-
-    def init(self, results, extra):
-        counts = results["count"]
-        if not self.per_class:
-            counts = jnp.broadcast_to(counts.sum(0, keepdims=True), counts.shape)
-        return threshold(counts, self.ratio * counts.sum(1))[0]
-
-    def update(self, nets, networks, carry, batch):
-        label, confidence = predict(nets, networks, batch)
-        kept = to_bin(confidence) >= carry[label]
-        return carry, {"label": as_label(label, kept), "confidence": confidence}
-
-    def finish(self, carry, extra):
-        return extra
-
-
-@dataclasses.dataclass(frozen=True)
-class Align:
-    """A sweep that labels each class as often as the ground truth has it, drawing among ties."""
-
-    ratio: float
-    networks: Mapping[str, Weights]
-    window: tuple[int, int] | None
-    seed: int
-    name: str = "label"
-    source: str = "unlabeled"
-
-    def init(self, results, extra):
-        prior, counts = results["prior"], results["count"]
-        wanted = self.ratio * counts.sum() * prior / prior.sum()
-        lowest, available = threshold(counts, wanted)
-        return lowest, wanted / jnp.maximum(available, 1)
-
-    def update(self, nets, networks, carry, batch):
-        label, confidence = predict(nets, networks, batch, self.window)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), batch["index"])
-        drawn = jax.vmap(lambda key: jax.random.uniform(key, label.shape[1:]))(keys)
-        lowest, share = carry
-        kept = (to_bin(confidence) >= lowest[label]) & (drawn < share[label])
-        return carry, {"label": as_label(label, kept), "confidence": confidence}
-
-    def finish(self, carry, extra):
-        return extra
-
-
-def predict(nets, networks, batch, window=None):
-    """Class and confidence per position: the mean of windows that overlap by a third."""
-    ((name, variables),) = networks.items()
-    net, image = nets[name], batch["image"]
-    H, W = image.shape[1:3]
-    h, w = window or (H, W)
-    total = jnp.zeros(())
-    rows, columns = ([*range(0, s - t, 2 * t // 3), s - t] for s, t in ((H, h), (W, w)))
-    for top, left in itertools.product(rows, columns):
-        part = image[:, top : top + h, left : left + w]
-        logits = net.apply(*variables, part, batch_stats=False)[0].logits
-        if logits.ndim == 2:
-            total = jax.nn.softmax(logits)
-            continue
-        p = jax.nn.softmax(net.resize(logits, (h, w)))
-        total += jnp.pad(p, ((0, 0), (top, H - h - top), (left, W - w - left), (0, 0)))
-    return total.argmax(-1), total.max(-1) / total.sum(-1)
-
-
-def threshold(counts, wanted):
-    """The highest bin with at least `wanted` counts from it up, and their number, per class."""
-    above = jnp.cumsum(counts[:, ::-1], 1)[:, ::-1]
-    lowest = jnp.maximum(jnp.sum(above >= wanted[:, None], 1) - 1, 0)
-    return lowest, jnp.take_along_axis(above, lowest[:, None], 1)[:, 0]
-
-
-def to_bin(confidence):
-    return jnp.floor(confidence * (BINS - 1)).astype(jnp.int32)
-
-
-def as_label(label, kept):
-    return jnp.where(kept, label, IGNORE_LABEL).astype(jnp.uint8)
-
-
+DMT = dmt.Method(oracle_epochs=60, supervised_rate=4e-3)
 CITYSCAPES = {"sizes": {"labeled": 186, "unlabeled": 2789, "val": 500}, "num_classes": 19}
 CIFAR = {"sizes": {"labeled": 4000, "unlabeled": 46_000, "val": 200}, "num_classes": 10}
 ROUNDS = [f"round_{i}" for i in (1, 2, 3, 4, 5)]
@@ -713,7 +468,7 @@ STEPS = {
     # 60 * sqrt(2975 / 186) = 239.96 epochs of 186 images, 8 at a time: 5579.1.
     # 10 epochs of 2789 images, 6 at a time: 4648.3.
     "dmt": (
-        DMT(),
+        DMT,
         Plan(**CITYSCAPES, batch={"labeled": 2, "unlabeled": 6}, epochs=10),
         {"supervised_a": 5579, "supervised_b": 5579}
         | {f"{name}_{student}": 4648 for name in ROUNDS for student in "ba"},
@@ -721,7 +476,7 @@ STEPS = {
     # Difference maximized sampling: 239.96 epochs of .8 * 186 images: 4463.2.
     # 8 epochs of 2789 images, 7 at a time: 3187.4.
     "dmt_sampling": (
-        DMT(part=0.8),
+        dataclasses.replace(DMT, start="sampling"),
         Plan(**CITYSCAPES, batch={"labeled": 1, "unlabeled": 7}, epochs=8),
         {"supervised_a": 4463, "supervised_b": 4463}
         | {f"{name}_{student}": 3187 for name in ROUNDS for student in "ba"},
@@ -736,7 +491,7 @@ STEPS = {
     ),
     # 200 epochs of 2789 images, 8 at a time: 69725; 16 labeled at a time: half as many steps.
     "dars": (
-        DARS(),
+        dars.Method(),
         Plan(**CITYSCAPES, batch={"labeled": 8, "unlabeled": 8}, epochs=200),
         {"supervised": 34_862, "round_1": 69_725, "round_2": 69_725},
     ),
@@ -763,7 +518,10 @@ def test_phases_refer_to_what_exists(name):
         sweeps = [sweep.name for sweep in phase.sweeps]
         assert len(sweeps) == len(set(sweeps))
         for stream in phase.streams:
-            assert stream.labels in ({"truth"} if stream.name == "labeled" else {None, *sweeps})
+            if stream.name == "labeled":
+                assert stream.labels == "truth"
+            else:
+                assert stream is phase.pseudo_labeled or stream.labels is None
         for weights in references(phase):
             assert weights.network in networks
             # What is best is decided, and saved, by the headline's score.
@@ -777,7 +535,9 @@ def test_phases_refer_to_what_exists(name):
 def references(phase):
     """All weights of earlier phases that a phase asks for."""
     sweeps = (sweep.networks.values() for sweep in phase.sweeps)
-    return [*phase.start.values(), *phase.frozen.values(), *itertools.chain(*sweeps)]
+    stream = phase.pseudo_labeled
+    labelers = [stream.labels.network] if stream else []
+    return [*phase.start.values(), *phase.frozen.values(), *itertools.chain(*sweeps), *labelers]
 
 
 def test_dmt_labels_with_the_networks_of_the_round_before():
@@ -789,10 +549,10 @@ def test_dmt_labels_with_the_networks_of_the_round_before():
         for name in ("round_1_b", "round_1_a", "round_2_b", "round_2_a")
     }
     assert asked == {
-        "round_1_b": [("supervised_b", "best")] + 2 * [("supervised_a", "best")],
-        "round_1_a": [("supervised_a", "best")] + 2 * [("supervised_b", "best")],
-        "round_2_b": [("round_1_b", "best")] + 2 * [("round_1_a", "best")],
-        "round_2_a": [("round_1_a", "best")] + 2 * [("round_1_b", "best")],
+        "round_1_b": [("supervised_b", "best"), ("supervised_a", "best")],
+        "round_1_a": [("supervised_a", "best"), ("supervised_b", "best")],
+        "round_2_b": [("round_1_b", "best"), ("round_1_a", "best")],
+        "round_2_a": [("round_1_a", "best"), ("round_1_b", "best")],
     }
     parts = [phases[f"supervised_{name}"].streams[0].part for name in "ab"]
     assert parts == [(0.0, 0.8), (pytest.approx(0.2), 1.0)]
@@ -805,8 +565,8 @@ def test_dmt_labels_with_the_networks_of_the_round_before():
         (*STEPS["u2pl"][:2], 1, (34_862 / 35_036) ** 0.9),
         (*STEPS["dars"][:2], 2, 1.0),
         # 0.00536 and 0.00372 of 0.01 are the rates at which the released rounds begin.
-        (DARS(schedule="stretched"), STEPS["dars"][1], 1, 0.536),
-        (DARS(schedule="stretched"), STEPS["dars"][1], 2, 0.372),
+        (dars.Method(schedule="stretched"), STEPS["dars"][1], 1, 0.536),
+        (dars.Method(schedule="stretched"), STEPS["dars"][1], 2, 0.372),
     ],
 )
 def test_schedules_go_on_restart_or_stretch(method, plan, phase, rate):
@@ -902,7 +662,7 @@ class Small:
             shape = shape[:1]
         if stream.labels:
             arrays["label"] = rng.integers(0, 3, shape, np.uint8)
-        if stream.labels not in ("truth", None):
+        if isinstance(stream.labels, Labeling):
             arrays["confidence"] = rng.random(shape, np.float32)
         return arrays
 
@@ -917,9 +677,9 @@ SMALL = {
     "mkd": Small(mkd.Method()),
     "u2pl": Small(U2PL()),
     "rml": Small(RML(), widths=(4, 6)),
-    "dmt": Small(DMT()),
+    "dmt": Small(DMT),
     "dmt_images": Small(DMTImages(), task="classification"),
-    "dars": Small(DARS()),
+    "dars": Small(dars.Method()),
 }
 PHASES = [(name, i) for name, small in SMALL.items() for i in range(len(small.phases))]
 
@@ -1050,25 +810,17 @@ def images():
     }
 
 
-def run_sweeps(phase, images, extra, *, batch=4):
-    """What the sweeps of a phase store per image, by sweep, and the method's arrays after them."""
-    variables, results, stored = drawn(NETS), {}, {}
+def run_sweeps(phase, images, extra):
+    """The method's arrays after the sweeps of a phase."""
+    variables, sums, mesh = drawn(NETS), {}, sharding.make_mesh(jax.devices()[:1])
     for sweep in phase.sweeps:
-        rows = collections.defaultdict(list)
-
-        def sink(arrays, outputs, rows=rows):
-            for name, values in outputs.items():
-                rows[name].extend(values[arrays["index"] >= 0])
-
         networks = {
             n: variables[w.network.removeprefix(TEACHER)] for n, w in sweep.networks.items()
         }
-        update = functools.partial(jit(functools.partial(sweep.update, NETS)), networks)
-        batches, mesh = in_order(images[sweep.source], batch), sharding.make_mesh(jax.devices()[:1])
-        results[sweep.name] = fold(update, sweep.init(results, extra), batches, mesh, sink=sink)
-        extra = sweep.finish(results[sweep.name], extra)
-        stored[sweep.name] = {name: np.stack(values) for name, values in rows.items()}
-    return stored, extra
+        update = functools.partial(jit(functools.partial(sweep.update, NETS)), networks, extra)
+        sums[sweep.name] = add_up(update, in_order(images[sweep.source], 4), mesh)
+        extra = sweep.finish(sums, extra)
+    return extra
 
 
 def in_order(images, size):
@@ -1079,18 +831,8 @@ def in_order(images, size):
         index = np.append(np.arange(first, first + len(part)), np.full(missing, -1))
         yield {
             "image": np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.uint8)]),
-            "label": np.concatenate(
-                [truth(part), np.full((missing, *SIZE), IGNORE_LABEL, np.uint8)]
-            ),
             "index": index.astype(np.int32),
         }
-
-
-def truth(images):
-    """A ground truth of .1, .3, .5 of the pixels and nothing for the rest."""
-    edges = np.array([0.1, 0.4, 0.9]) * 256
-    labels = np.searchsorted(edges, images[..., 0]).astype(np.uint8)
-    return np.where(labels == 3, np.uint8(IGNORE_LABEL), labels)
 
 
 def numpy_forward(name, images):
@@ -1103,43 +845,9 @@ def numpy_forward(name, images):
     return features, p / p.sum(-1, keepdims=True)
 
 
-def test_sweeps_of_dmt_keep_the_most_confident_of_each_class(images):
-    phase = SMALL["dmt"].phases[4]  # the second round: .4
-    stored, extra = run_sweeps(phase, images, {})
-    assert extra == {}
-    assert stored["count"] == {}
-    _, p = numpy_forward("a", images["unlabeled"])
-    np.testing.assert_allclose(stored["label"]["confidence"], p.max(-1), rtol=1e-5)
-    bins = (stored["label"]["confidence"] * 1000).astype(int)
-    expected = np.full(bins.shape, IGNORE_LABEL, np.uint8)
-    for c in np.unique(p.argmax(-1)):
-        mine = p.argmax(-1) == c
-        lowest = np.sort(bins[mine])[::-1][math.ceil(0.4 * mine.sum()) - 1]
-        expected[mine & (bins >= lowest)] = c
-    np.testing.assert_array_equal(stored["label"]["label"], expected)
-
-
-def test_sweeps_of_dars_label_by_windows_as_the_ground_truth_is_distributed(images):
-    phase = SMALL["dars"].phases[2]  # the second round: .5
-    stored, _ = run_sweeps(phase, images, {})
-    _, p = numpy_forward("a", images["unlabeled"])
-    # The network sees single pixels, so windows agree with the whole image.
-    np.testing.assert_allclose(stored["label"]["confidence"], p.max(-1), rtol=1e-5)
-    prior = np.bincount(truth(images["labeled"]).ravel(), minlength=256)[:3]
-    wanted = 0.5 * p[..., 0].size * prior / prior.sum()
-    predicted = np.bincount(p.argmax(-1).ravel(), minlength=3)
-    kept = np.bincount(stored["label"]["label"].ravel(), minlength=256)[:3]
-    enough = predicted >= wanted
-    assert enough.any()
-    np.testing.assert_allclose(kept[enough], wanted[enough], atol=12)  # a draw among one bin's
-    np.testing.assert_array_equal(kept[~enough], predicted[~enough])
-    again, _ = run_sweeps(phase, images, {}, batch=3)
-    np.testing.assert_array_equal(again["label"]["label"], stored["label"]["label"])
-
-
 def test_sweeps_of_rml_fill_the_prototypes_of_both_teachers(images):
     phase = SMALL["rml"].phases[1]
-    _, extra = run_sweeps(phase, images, RML().init_extra(NETS, {}))
+    extra = run_sweeps(phase, images, RML().init_extra(NETS, {}))
     for name, width in (("a", 4), ("b", 6)):
         means = collections.defaultdict(list)
         for image in np.concatenate([images["labeled"], images["unlabeled"]]):

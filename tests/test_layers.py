@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1] / "jaxssl"
 
 # What the modules of a layer may import from this package, beside their own layer.
 ALLOWED = {
-    "contracts": {"state"},  # for type checkers alone
-    "data": {"contracts"},
+    "contracts": {"inference", "state"},  # for type checkers alone
+    "selection": {"contracts"},
+    "data": {"contracts", "selection"},
     "models": {"contracts"},
     "losses": {"contracts"},
     "metrics": {"contracts"},
@@ -28,9 +29,18 @@ ALLOWED = {
     "config": {"contracts"},
     "auto": {"config", "contracts", "data"},
     "inference": {"contracts"},
-    "methods": {"contracts", "inference", "losses", "mixing", "state", "views"},
+    "methods": {"contracts", "inference", "losses", "mixing", "selection", "state", "views"},
     "step": {"contracts", "optim", "state"},
-    "sweep": {"sharding"},
+    "sweep": {"contracts", "data", "sharding"},
+    "labeling": {
+        "contracts",
+        "data",
+        "metrics",
+        "selection",
+        "sweep",
+        "train",
+        "watch",
+    },
     "check_data": {
         "auto",
         "config",
@@ -46,6 +56,17 @@ ALLOWED = {
     "prepare": {"config", "contracts", "data", "logs"},
     "predictions": {"contracts", "data"},
     "predict": {"contracts", "inference", "logs", "predictions", "startup", "trained"},
+    "label": {
+        "contracts",
+        "data",
+        "labeling",
+        "logs",
+        "predict",
+        "predictions",
+        "selection",
+        "trained",
+        "watch",
+    },
     "startup": {"config", "contracts"},
     "evaluate": {
         "config",

@@ -101,3 +101,17 @@ def test_nothing_counted():
 def test_counts_beyond_int32():
     confusion = np.full((2, 2), 2**40, np.int64)
     np.testing.assert_allclose(metrics.iou(confusion), 1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("prior", "counts", "expected"),
+    [
+        ([1, 3], [30, 10], 0.25 * np.log(1 / 3) + 0.75 * np.log(3)),
+        ([1, 3, 0], [1, 3, 4], np.log(2)),  # a class that no label has: others lose their share
+        ([1, 1], [8, 0], 0.5 * np.log(0.5 / (8 / 8.5)) + 0.5 * np.log(0.5 / (0.5 / 8.5))),
+        ([0, 0], [1, 1], np.nan),
+        ([1, 1], [0, 0], np.nan),
+    ],
+)
+def test_kl_divergence(prior, counts, expected):
+    np.testing.assert_allclose(metrics.kl_divergence(np.array(prior), np.array(counts)), expected)

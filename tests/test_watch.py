@@ -93,20 +93,6 @@ def test_total_variation():
     np.testing.assert_allclose(watch.total_variation(sure[0], sure), [0, 1])
 
 
-@pytest.mark.parametrize(
-    ("prior", "counts", "expected"),
-    [
-        ([1, 3], [30, 10], 0.25 * np.log(1 / 3) + 0.75 * np.log(3)),
-        ([1, 3, 0], [1, 3, 4], np.log(2)),  # a class that no label has: others lose their share
-        ([1, 1], [8, 0], 0.5 * np.log(0.5 / (8 / 8.5)) + 0.5 * np.log(0.5 / (0.5 / 8.5))),
-        ([0, 0], [1, 1], np.nan),
-        ([1, 1], [0, 0], np.nan),
-    ],
-)
-def test_kl_divergence(prior, counts, expected):
-    np.testing.assert_allclose(watch.kl_divergence(np.array(prior), np.array(counts)), expected)
-
-
 class Images:
     """A source of noise in which every third image is larger."""
 

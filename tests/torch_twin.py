@@ -1,4 +1,4 @@
-"""DeepLabv3+ in PyTorch, laid out as in torchvision and mmseg; `jaxssl.models` must equal it.
+"""Networks in PyTorch, laid out as in torchvision, mmseg and semseg, for `jaxssl.models` to equal.
 
 Run as a program, it writes `golden/models.npz`.
 """
@@ -192,7 +192,21 @@ class Auxiliary(nn.Module):
         return self.classifier(self.conv(x))
 
 
-class DeepLabV3Plus(nn.Module):
+class Network(nn.Module):
+    """Runs the `backbone`, `head` and `auxiliary` of its subclasses."""
+
+    def forward(self, image):
+        """float `[B,H,W,3]` in [0,255] -> logits and auxiliary logits, both channels last."""
+        mean = torch.tensor((123.675, 116.28, 103.53), dtype=image.dtype)
+        std = torch.tensor((58.395, 57.12, 57.375), dtype=image.dtype)
+        stages = self.backbone(((image - mean) / std).permute(0, 3, 1, 2))
+        logits = self.head(stages).permute(0, 2, 3, 1)
+        if self.auxiliary is None or not self.training:
+            return logits, None
+        return logits, self.auxiliary(stages[2]).permute(0, 2, 3, 1)
+
+
+class DeepLabV3Plus(Network):
     def __init__(
         self,
         num_classes,
@@ -224,15 +238,93 @@ class DeepLabV3Plus(nn.Module):
         )
         self.auxiliary = Auxiliary(num_classes, 4 * low, channels) if auxiliary else None
 
-    def forward(self, image):
-        """float `[B,H,W,3]` in [0,255] -> logits and auxiliary logits, both channels last."""
-        mean = torch.tensor((123.675, 116.28, 103.53), dtype=image.dtype)
-        std = torch.tensor((58.395, 57.12, 57.375), dtype=image.dtype)
-        stages = self.backbone(((image - mean) / std).permute(0, 3, 1, 2))
-        logits = self.head(stages).permute(0, 2, 3, 1)
-        if self.auxiliary is None or not self.training:
-            return logits, None
-        return logits, self.auxiliary(stages[2]).permute(0, 2, 3, 1)
+
+class AtrousSum(nn.Module):
+    def __init__(self, classes, inputs, rates):
+        super().__init__()
+        for i, rate in enumerate(rates, 1):
+            conv = nn.Conv2d(inputs, classes, 3, padding=rate, dilation=rate)
+            self.add_module(f"aspp{i}", conv)
+
+    def forward(self, stages):
+        return torch.stack([conv(stages[-1]) for conv in self.children()]).sum(0)
+
+
+class DeepLabV2(Network):
+    def __init__(
+        self,
+        num_classes,
+        backbone="resnet101",
+        width=64,
+        stem="conv7",
+        output_stride=8,
+        aspp_rates=(6, 12, 18, 24),
+        aspp_branches=4,
+        auxiliary=False,
+        auxiliary_channels=256,
+    ):
+        super().__init__()
+        self.backbone = ResNet(backbone, width, stem, None, output_stride, None)
+        inputs = 8 * width * self.backbone.block.expansion
+        self.head = AtrousSum(num_classes, inputs, aspp_rates[:aspp_branches])
+        self.auxiliary = (
+            Auxiliary(num_classes, inputs // 2, auxiliary_channels) if auxiliary else None
+        )
+
+
+class PyramidHead(nn.Module):
+    def __init__(self, classes, inputs, bins, channels, align):
+        super().__init__()
+        self.align_corners, self.bins = align, bins
+        for i in range(len(bins)):
+            self.add_module(f"pool{i + 1}", ConvModule(inputs, inputs // len(bins), 1))
+        self.bottleneck = ConvModule(inputs + inputs // len(bins) * len(bins), channels, 3)
+        self.classifier = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, stages):
+        x = stages[-1]
+        parts = [x]
+        for i, size in enumerate(self.bins, 1):
+            y = getattr(self, f"pool{i}")(nn.AdaptiveAvgPool2d(size)(x))
+            parts.append(
+                F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=self.align_corners)
+            )
+        return self.classifier(self.bottleneck(torch.cat(parts, 1)))
+
+
+class PSPNet(Network):
+    """With a ResNet whose strides semseg exchanges for dilations after it is made."""
+
+    def __init__(
+        self,
+        num_classes,
+        backbone="resnet50",
+        width=64,
+        stem_width=64,
+        pool_bins=(1, 2, 3, 6),
+        channels=512,
+        auxiliary_channels=256,
+        align_corners=False,
+    ):
+        super().__init__()
+        self.backbone = ResNet(backbone, width, "deep", stem_width, 32, None)
+        for layer, dilation in ((self.backbone.layer3, 2), (self.backbone.layer4, 4)):
+            for block in layer:
+                conv = block.conv2 if isinstance(block, Bottleneck) else block.conv1
+                conv.stride = (1, 1)
+                conv.dilation = conv.padding = (dilation, dilation)
+            layer[0].downsample[0].stride = (1, 1)
+        inputs = 8 * width * self.backbone.block.expansion
+        self.head = PyramidHead(num_classes, inputs, pool_bins, channels, align_corners)
+        self.auxiliary = Auxiliary(num_classes, inputs // 2, auxiliary_channels)
+
+
+def run(twin, leaves, image, *, training=False):
+    """Logits and auxiliary logits of a twin with these parameters, in the image's dtype."""
+    load(twin, leaves)
+    image = torch.from_numpy(image)
+    with torch.no_grad():
+        return twin.to(image.dtype).train(training)(image)
 
 
 def count_normalized(twin):

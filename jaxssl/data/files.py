@@ -1,11 +1,13 @@
-"""Image files, opened in one way everywhere, and named in one way where some are wrong."""
+"""Files, opened and written in one way everywhere, and named in one way where some are wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
@@ -50,4 +52,26 @@ def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Ima
         raise UnreadableError(
             f"The file {path} cannot be read as an image: {error}. Unpack or copy it again; if "
             "other programs show it, convert it to 8-bit RGB."
+        ) from error
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name when it is complete; its folder is made.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                yield file
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error}. Free space, or choose another folder."
         ) from error

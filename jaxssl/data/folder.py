@@ -170,7 +170,9 @@ def class_table(config_data: Mapping[str, Any], tree: Tree) -> tuple[ClassTable,
         lines, note = masks.infer(_scan(_mask_paths(config_data, tree), what), ignore)
         return masks.parse(lines, ignore, f"the masks in {tree.root}"), (note,)
     table = masks.parse(lines, ignore, where)
-    if table.values == (0, 1) and _black_and_white(_mask_paths(config_data, tree), ignore):
+    void = {value for value, _ in table.void}
+    black_and_white = table.values == (0, 1) and 255 not in void
+    if black_and_white and _black_and_white(_mask_paths(config_data, tree), ignore):
         note = f"the masks hold 0 and 255 alone: 255 is {table.names[1]}"
         return dataclasses.replace(table, values=(0, 255)), (note,)
     if masks.parse(lines, (), where).values != table.values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
@@ -51,15 +52,28 @@ def training_sets(config_data: Mapping[str, Any]) -> tuple[splits.Split, dict[st
       UserError: as `load` and `splits.choose`.
     """
     train = load(config_data, "train", labels=False)
-    unlabeled_split, extra = "train", ()
-    if config_data.get("extra"):
-        unlabeled_split = "train+train_extra"
-        extra = load(config_data, "train_extra", labels=False).ids
+    extra = load(config_data, "train_extra", labels=False).ids if config_data.get("extra") else ()
     split = splits.choose(config_data, train.ids, extra)
+    labeled = load(config_data, "train", True, split.labeled)
+    split = dataclasses.replace(split, note=getattr(labeled, "note", ""))
     return split, {
-        "labeled": load(config_data, "train", True, split.labeled),
-        "unlabeled": load(config_data, unlabeled_split, False, split.unlabeled),
+        "labeled": labeled,
+        "unlabeled": load(config_data, _unlabeled(config_data), False, split.unlabeled),
     }
+
+
+def truth(config_data: Mapping[str, Any], split: splits.Split) -> Source:
+    """The unlabeled images with the labels that they have all the same, to measure pseudo-labels.
+
+    Raises:
+      UserError: as `load`, where an image has no label.
+    """
+    return load(config_data, _unlabeled(config_data), True, split.unlabeled)
+
+
+def _unlabeled(config_data: Mapping[str, Any]) -> str:
+    """The parts of the data set that unlabeled images come from."""
+    return "train+train_extra" if config_data.get("extra") else "train"
 
 
 class Subset:

@@ -174,6 +174,7 @@ def in_order(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 2,
+    on_damage: Callable[[int, str], None] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Gives every image once, for evaluation and sweeps.
 
@@ -192,6 +193,8 @@ def in_order(
       process_index: which share of every batch to give.
       process_count: hosts that share a batch.
       threads: that decode.
+      on_damage: is called, by any of them, with the position of an image that cannot be read and
+        the reason, and the image is left out; None raises what the source raises.
 
     Yields:
       `image` uint8 `[b,h,w,3]`, `valid` bool `[b,h,w]`, `label` uint8 `[b,h,w]` if the source
@@ -211,7 +214,9 @@ def in_order(
 
     # What every process knows tells each of them that sizes differ or that its share is empty.
     template = read(0) if process_count > 1 and len(source) else None
-    dataset = grain.MapDataset.source(mine).map(read).to_iter_dataset(_read_options(threads))
+    reader = read if on_damage is None else _Telling(read, on_damage)
+    images: Any = grain.MapDataset.source(mine).map(reader)
+    dataset = images.to_iter_dataset(_read_options(threads))
     waiting: dict[tuple[int, ...], list[dict[str, np.ndarray]]] = {}
     with contextlib.closing(iter(dataset)) as records:
         for record in records:
@@ -325,6 +330,21 @@ class _Whole:
             window = tuple(map(_middle, arrays["valid"].shape, self.center))
             arrays = {name: array[window] for name, array in arrays.items()}
         return arrays | {"index": np.array(position, np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Telling:
+    """As `_Whole`, but an image that cannot be read is told, and left out: grain skips None."""
+
+    read: _Whole
+    on_damage: Callable[[int, str], None]
+
+    def __call__(self, position: int) -> dict[str, np.ndarray] | None:
+        try:
+            return self.read(position)
+        except UnreadableError as error:
+            self.on_damage(int(position), str(error))
+            return None
 
 
 @dataclasses.dataclass(frozen=True)

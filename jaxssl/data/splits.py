@@ -28,12 +28,14 @@ class Split:
       unlabeled: sorted ids.
       family: where the split comes from, such as "u2pl 186 labeled (...)" or "jaxssl 1_16".
       seed: of a seeded split; None where a list file decided.
+      note: what the reader says of the labels, such as "662 labels: 133 fine, 529 coarse".
     """
 
     labeled: tuple[str, ...]
     unlabeled: tuple[str, ...]
     family: str
     seed: int | None = None
+    note: str = ""
 
     @property
     def hash(self) -> dict[str, str]:

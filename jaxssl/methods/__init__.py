@@ -23,7 +23,7 @@ def load(config: Mapping[str, Any]) -> contracts.Method:
     Raises:
       UserError: there is no such method, or it has no such field.
     """
-    fields = dict(config)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     name = fields.pop("name")
     if name not in available():
         raise contracts.UserError(

@@ -350,9 +350,28 @@ def resize_bilinear(x: jax.Array, size: tuple[int, ...], *, align_corners: bool)
         _interpolation(old, new, align_corners, wide)
         for old, new in zip(x.shape[1:3], size, strict=True)
     )
+    return _weighted(x, rows, columns)
+
+
+def adaptive_average_pool(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """Means over `size` windows that cover `[B,h,w,C]`: `[B,*size,C]`.
+
+    Equals PyTorch's `adaptive_avg_pool2d`: of n windows along an axis of length h, window i begins
+    at floor(i h / n) and ends before ceil((i + 1) h / n), so that neighbors may overlap. Computed
+    in at least float32.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    rows, columns = (
+        jnp.asarray(_windows(old, new), wide) for old, new in zip(x.shape[1:3], size, strict=True)
+    )
+    return _weighted(x, rows, columns)
+
+
+def _weighted(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Weighted sums of `[B,h,w,C]` along two axes, by weights `[H,h]` and `[W,w]`: `[B,H,W,C]`."""
     # TensorFloat-32 products would be visible in the logits.
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    y = einsum("Yy,byxc->bYxc", rows, x.astype(wide))
+    y = einsum("Yy,byxc->bYxc", rows, x.astype(rows.dtype))
     return einsum("Xx,byxc->byXc", columns, y).astype(x.dtype)
 
 
@@ -367,3 +386,10 @@ def _interpolation(old: int, new: int, align_corners: bool, dtype: Any) -> jax.A
     high, weight = np.minimum(low + 1, old - 1), jnp.asarray(position - low, dtype)[:, None]
     pixel = jnp.arange(old)
     return (pixel == low[:, None]) * (1 - weight) + (pixel == high[:, None]) * weight
+
+
+def _windows(old: int, new: int) -> np.ndarray:
+    """`[new,old]`: row i holds the weights of the old pixels in the mean of window i."""
+    i, pixel = np.arange(new)[:, None], np.arange(old)
+    inside = (i * old // new <= pixel) & (pixel < -((i + 1) * -old // new))
+    return inside / inside.sum(1, keepdims=True)

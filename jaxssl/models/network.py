@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,17 @@ import numpy as np
 
 from jaxssl.contracts import Outputs, Params, Stats, UserError, Variables
 from jaxssl.models import layers
+
+Color: TypeAlias = tuple[float, float, float]
+
+PREPROCESSING: Mapping[str, tuple[Color, Color]] = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "caffe": ((122.675, 116.669, 104.008), (1.0, 1.0, 1.0)),
+}
+"""Name -> (mean, std) in [0,255], red first: of torchvision's weights, and of DeepLab's in Caffe.
+
+The latter see blue first; `pretrained.load` turns them around.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +39,8 @@ class LinenNetwork(abc.ABC):
       dtype: of activations: "float32", "bfloat16" or "float64". Parameters, statistics and logits
         are float64 with the last, else float32.
       axis_name: of a `jax.pmap` over whose devices BatchNorm takes its statistics.
+      preprocessing: the colors that become 0 and 1, a name in `PREPROCESSING`. A backbone that
+        comes with its own has those.
     """
 
     num_classes: int
@@ -35,8 +48,10 @@ class LinenNetwork(abc.ABC):
     batch_norm_momentum: float = 0.1
     dtype: str = "float32"
     axis_name: str | None = None
+    preprocessing: str = "imagenet"
 
     def __post_init__(self) -> None:
+        check_choice("preprocessing", self.preprocessing, PREPROCESSING)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
         if self.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
             raise UserError('model.dtype "float64" needs JAX_ENABLE_X64=1 in the environment.')
@@ -96,14 +111,14 @@ class LinenNetwork(abc.ABC):
         return layers.resize_bilinear(logits, size, align_corners=self.align_corners)
 
     @property
-    def mean(self) -> tuple[float, float, float]:
+    def mean(self) -> Color:
         """The color that becomes 0, per channel, in [0,255]."""
-        return (123.675, 116.28, 103.53)
+        return PREPROCESSING[self.preprocessing][0]
 
     @property
-    def std(self) -> tuple[float, float, float]:
+    def std(self) -> Color:
         """The distance from `mean` that becomes 1, likewise."""
-        return (58.395, 57.12, 57.375)
+        return PREPROCESSING[self.preprocessing][1]
 
     @property
     def param_dtype(self) -> jnp.dtype:

