@@ -4,10 +4,12 @@
   python benchmarks/streets_methods.py --rows=supervised,mkd --seeds=0,1 --network=pretrained
   python benchmarks/streets_methods.py --table  # prints what is there, runs nothing
   python benchmarks/streets_methods.py --root=DIR --config.data.split=40  # on a folder of images
+  python benchmarks/streets_methods.py --rows=dmt,dars,cbst --plot=FILE.png  # labels by round
 
 A seed chooses the labeled images, the initialization and the order of the batches, so differences
 to "supervised" of the same seed are paired: until its warm-up ends, student a is that run. Scores
 are mIoU in percent over the classes present, student a after the last update: none is chosen by it.
+Updates are those of all phases; where two networks take turns, as in DMT, half of them are a's.
 
 One run is one file in benchmarks/results/, named after what its config changes and the sources that
 computed it. A run that other sources computed is not repeated without --again: a new method adds
@@ -57,6 +59,11 @@ def rows() -> dict[str, Row]:
         "cps": Row("cps", {"method.cutmix": False}),
         "cps_cutmix": Row("cps"),
         "mkd": Row("mkd"),
+        "dmt": Row("dmt"),
+        "dst": Row("dmt", {"method.labels": "own"}),
+        "cbst": Row("dmt", {"method.labels": "own", "method.weight": "none"}),
+        "dars": Row("dars"),
+        "st": Row("dars", {"method.rule": "st"}),
     }
     for row in _load(ROOT / "configs" / "mkd_sweep.py").get_rows():
         if row.name.startswith("table3/"):
@@ -77,6 +84,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="default: a folder in benchmarks/results")
     parser.add_argument("--again", action="store_true", help="repeat what other sources computed")
     parser.add_argument("--table", action="store_true", help="print results, run nothing")
+    parser.add_argument("--plot", type=Path, help="draw pseudo-labels by round, run nothing")
     args, overrides = parser.parse_known_args()
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
@@ -92,11 +100,23 @@ def main() -> int:
         for name in names
     )
     results = args.results or RESULTS / (f"{args.root.name}_methods" if args.root else FILE.stem)
-    if not args.table:
+    if args.plot:
+        draw(runs, results).savefig(args.plot, dpi=150)
+    if not (args.table or args.plot):
         for run in runs:
             measure(run, results, args.workdirs / results.name, again=args.again)
     print(table(runs, results))
     return 0
+
+
+def labelings(workdir: Path) -> list[dict[str, Any]]:
+    """What came of labeling before each phase that did, in order."""
+    folder = workdir / "pseudo_labels"
+    summaries = [json.loads(path.read_text()) for path in folder.glob("*/summary.json")]
+    return [
+        {name: one[name] for name in ("phase", "kept", "kl", "accuracy")}
+        for one in sorted(summaries, key=lambda one: one["labeler"]["step"])
+    ]
 
 
 class Run(NamedTuple):
@@ -163,6 +183,7 @@ def measure(run: Run, results: Path, workdirs: Path, *, again: bool = False) -> 
         "mode": last["eval/mode"],
         "last": {key: value for key, value in last.items() if key.startswith(("val/", "watch/"))},
         "steps": last["step"],
+        "labelings": labelings(workdir),
         "training_seconds": sum(
             start["seconds"]["training"] for start in _lines(workdir / "time.jsonl")
         ),
@@ -195,7 +216,9 @@ def resolve(
     config = _load(file).get_config(",".join(words))
     # Panels and checkpoints cost time and change nothing; evaluated at the end alone.
     settings = {"seed": seed, "data.seed": seed, "eval.panels": 0, "eval.every": 10**9}
-    if root is not None:
+    if root is None:
+        settings["eval.unlabeled_truth"] = True  # all street scenes have labels
+    else:
         settings["data.root"] = str(root.absolute())
     asked = {key: _value(config, key, text) for key, text in changes.items()}
     config.update_from_flattened_dict({**settings, **asked, **row.overrides})
@@ -210,8 +233,8 @@ def table(runs: Sequence[Run], folder: Path) -> str:
             found.setdefault(run.row, {})[run.seed] = result
     base = found.get(BASELINE, {})
     lines = [
-        f"| | seeds | mIoU % | minus {BASELINE} | better in | time per update |",
-        "|---|---|---|---|---|---|",
+        f"| | seeds | mIoU % | minus {BASELINE} | better in | updates | time per update |",
+        "|---|---|---|---|---|---|---|",
         *(_line(name, results, base) for name, results in found.items()),
     ]
     for name, results in found.items():
@@ -228,10 +251,43 @@ def _line(name: str, runs: Mapping[int, Any], base: Mapping[int, Any]) -> str:
     ratios = [_update_time(runs[seed]) / _update_time(base[seed]) for seed in paired]
     cost = f"{statistics.median(ratios):.1f}" if ratios else ""
     same = name == BASELINE
+    updates = max(run["steps"] for run in runs.values())
     return (
         f"| {name} | {len(scores)} | {_spread(scores)} | {'' if same else _spread(gaps, sign='+')} "
-        f"| {'' if same else wins} | {cost} |"
+        f"| {'' if same else wins} | {updates} | {cost} |"
     )
+
+
+def draw(runs: Sequence[Run], folder: Path) -> Any:
+    """A figure of each row's pseudo-labels round by round: the share that is kept, and of these the
+    share that is right; means over seeds. Two networks that take turns are drawn as one line.
+    """
+    from matplotlib.figure import Figure
+
+    rounds: dict[str, list[list[dict[str, Any]]]] = {}
+    for run in runs:
+        if (result := run.read(folder)) and result.get("labelings"):
+            rounds.setdefault(run.row, []).append(result["labelings"])
+    if not rounds:
+        sys.exit(f"No run in {folder} made pseudo-labels before a phase.")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for key, title, axis in zip(("accuracy", "kept"), ("right", "kept"), axes, strict=True):
+        for name, seeds in rounds.items():
+            of_round = [[one[key] for one in each] for each in zip(*seeds, strict=True)]
+            known = [[v for v in values if v is not None] for values in of_round]
+            means = [100 * statistics.mean(values) if values else math.nan for values in known]
+            places = [1 + i * (_rounds(seeds[0]) / len(means)) for i in range(len(means))]
+            axis.plot(places, means, marker="o", label=f"{name} ({len(seeds)} seeds)")
+        axis.set(xlabel="round", title=f"pseudo-labels {title}, %")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    return figure
+
+
+def _rounds(labelings: Sequence[Mapping[str, Any]]) -> int:
+    """How many rounds there are: two networks that take turns label twice in each."""
+    return len({one["phase"].removesuffix("_a").removesuffix("_b") for one in labelings})
 
 
 def _update_time(run: Mapping[str, Any]) -> float:

@@ -8,13 +8,15 @@ positions whose class is known, in float64 on the host.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxssl.contracts import Selection
+from jaxssl.contracts import IGNORE_LABEL, Rule, Selection
+from jaxssl.selection import Aligned, TopShare
 
 BINS = 15
 """Of equal width, from 0 to 1: for histogram binning, and to measure by (Guo et al., Table 1)."""
@@ -84,7 +86,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> Temperature:
     low, high = -5.0, 5.0
     if slope(low) >= 0 or slope(high) <= 0:
         return Temperature(float(np.exp(-low if slope(low) >= 0 else -high)))
-    return Temperature(float(np.exp(-brentq(slope, low, high, xtol=1e-9))))
+    return Temperature(float(np.exp(-cast(float, brentq(slope, low, high, xtol=1e-9)))))
 
 
 def fit_matrix(logits: np.ndarray, labels: np.ndarray) -> Matrix:
@@ -99,24 +101,26 @@ def fit_matrix(logits: np.ndarray, labels: np.ndarray) -> Matrix:
     """
     from scipy.optimize import minimize
 
-    logits = np.asarray(logits, np.float64)
-    (N, C), start = logits.shape, fit_temperature(logits, labels).value
-    center, scale = logits.mean(0), np.maximum(logits.std(0), 1e-6)
-    inputs = (logits - center) / scale  # the search takes fewer steps
-    truth = np.arange(C) == np.asarray(labels)[:, None]
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels, np.int64)
+    (N, C), temperature = logits.shape, fit_temperature(logits, labels).value
+    center, spread = logits.mean(0), np.maximum(logits.std(0), 1e-6)
+    inputs = np.concatenate([(logits - center) / spread, np.ones((N, 1))], 1)
+    # The loss bends the less in the parameters of a class, the rarer that is: scaled so that it
+    # bends about alike in all, it takes a quarter of the steps.
+    p = np.exp(_log_softmax(logits / temperature))
+    scale = 1 / np.sqrt((p * (1 - p)).mean(0) + 1e-4)[:, None]
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        parameters = flat.reshape(C, C + 1)
-        log_p = _log_softmax(inputs @ parameters[:, :C].T + parameters[:, C])
-        error = (np.exp(log_p) - truth) / N
-        gradient = np.concatenate([error.T @ inputs, error.sum(0)[:, None]], 1)
-        return float(-_of(log_p, labels).mean()), gradient.ravel()
+        log_p = _log_softmax(inputs @ (scale * flat.reshape(C, C + 1)).T)
+        error = np.exp(log_p)
+        error[np.arange(N), labels] -= 1
+        return float(-_of(log_p, labels).mean()), (scale * (error.T @ inputs) / N).ravel()
 
-    first = np.concatenate([np.diag(scale / start), (center / start)[:, None]], 1)
-    options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-7}
+    first = np.concatenate([np.diag(spread), center[:, None]], 1) / temperature / scale
+    options = {"maxiter": 1000, "maxcor": 20, "ftol": 1e-9, "gtol": 1e-8}
     found = minimize(loss, first.ravel(), jac=True, method="L-BFGS-B", options=options).x
-    found = found.reshape(C, C + 1)
-    weight = found[:, :C] / scale
+    found = scale * found.reshape(C, C + 1)
+    weight = found[:, :C] / spread
     return Matrix(weight, found[:, C] - weight @ center)
 
 
@@ -159,6 +163,47 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, count: int = BINS)
     return float(np.abs(differences).sum() / len(p))
 
 
+FITS: Mapping[str, Callable[[np.ndarray, np.ndarray], Calibration]] = {
+    "temperature scaling": fit_temperature,
+    "matrix scaling": fit_matrix,
+    "histogram binning": fit_binning,
+}
+"""Those of DARS's Table 5, by name."""
+
+
+def fit_all(logits: np.ndarray, labels: np.ndarray) -> dict[str, Calibration]:
+    """Each of `FITS` by name, and "none", which changes nothing; logits `[N,C]`, labels `[N]`."""
+    fitted = {name: fit(logits, labels) for name, fit in FITS.items()}
+    return {"none": Temperature(1.0), **fitted}
+
+
+def compare(
+    counts: Mapping[str, np.ndarray], prior: np.ndarray, ratio: float, precision: str = "float16"
+) -> dict[str, np.ndarray]:
+    """How many pseudo-labels of each class rules keep: one threshold for all classes (ST) after
+    each calibration, CBST, DA and DARS without one.
+
+    Args:
+      counts: by calibration, int64 `[C,levels]`: positions by predicted class and confidence.
+      prior: int64 `[C]`, positions by class in the ground truth of the labeled images.
+      ratio: share of the positions to keep.
+      precision: of the confidences that DA and DARS compare (`selection.Aligned`).
+
+    Returns:
+      By name, float64 `[C]`.
+    """
+    single = TopShare(ratio, per_class=False)
+    plain: dict[str, Rule] = {
+        "CBST": TopShare(ratio),
+        "DA": Aligned(ratio, sample=False, precision=precision),
+        "DARS": Aligned(ratio, precision=precision),
+    }
+    titles = {name: "ST" if name == "none" else f"ST + {name}" for name in counts}
+    kept = {title: (single, counts[name]) for name, title in titles.items()}
+    kept |= {title: (rule, counts["none"]) for title, rule in plain.items()}
+    return {title: expected_counts(x, rule(x, prior)) for title, (rule, x) in kept.items()}
+
+
 def expected_counts(counts: np.ndarray, chosen: Selection) -> np.ndarray:
     """How many positions of each class a selection keeps, in the mean over its draws; float64
     `[C]`.
@@ -190,6 +235,28 @@ class Sample(NamedTuple):
         both = [np.concatenate(pair) for pair in zip(self, other, strict=True)]
         order = np.argsort(both[0], kind="stable")[:size]
         return Sample(*(x[order] for x in both))
+
+
+def draw(
+    labels: np.ndarray, rngs: Sequence[np.random.Generator], most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys for a `Sample` of the positions of images that have a label.
+
+    Args:
+      labels: uint8 `[B,H,W]`, below C or 255.
+      rngs: one for each image.
+      most: size of the sample.
+
+    Returns:
+      Of the `n = min(most, H W)` smallest keys of each image, where in its H W positions they are,
+      int32 `[B,n]`, and the keys, uint32 `[B,n]`. Positions without a label have the largest keys.
+    """
+    flat = labels.reshape(len(labels), -1)
+    most, largest = min(most, flat.shape[1]), np.iinfo(np.uint32).max
+    keys = np.stack([rng.integers(largest, size=flat.shape[1], dtype=np.uint32) for rng in rngs])
+    keys[flat == IGNORE_LABEL] = largest
+    positions = np.argpartition(keys, most - 1)[:, :most]
+    return positions.astype(np.int32), np.take_along_axis(keys, positions, 1)
 
 
 def _bins(probabilities: Any, count: int) -> Any:

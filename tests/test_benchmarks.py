@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxssl import methods
@@ -46,11 +47,19 @@ def train_nothing(benchmark, monkeypatch):
     return trained
 
 
+OFFLINE = {"dmt", "dst", "cbst", "dars", "st"}
+"""Rows that label before they train, with budgets of their own."""
+
+
 def test_rows_of_a_seed_share_everything_but_the_method(benchmark):
     shared, updates, stems = set(), set(), set()
     for run in runs(benchmark, 3):
         config = run.config.to_dict()
         del config["method"], config["next"]
+        if run.row in OFFLINE:
+            mkd = benchmark.resolve(benchmark.rows()["mkd"], "scratch", "long", 3, {})
+            config |= {name: mkd[name] for name in ("warmup", "steps")}
+            config["optimizer"]["learning_rate"] = mkd.optimizer.learning_rate
         all_labels = config["data"].pop("split") == "all"
         assert all_labels == (run.row == "supervised_all")
         shared.add(json.dumps(config, sort_keys=True))
@@ -61,10 +70,11 @@ def test_rows_of_a_seed_share_everything_but_the_method(benchmark):
             steps=config["steps"],
             warmup=config["warmup"],
         )
-        updates.add(sum(p.steps for p in methods.load(run.config.method).phases(plan)))
+        if run.row not in OFFLINE:
+            updates.add(sum(p.steps for p in methods.load(run.config.method).phases(plan)))
         stems.add(run.stem)
     assert len(shared) == len(updates) == 1
-    assert len(stems) == len(benchmark.rows()) == 13
+    assert len(stems) == len(benchmark.rows()) == 18
 
 
 @pytest.mark.parametrize(
@@ -158,9 +168,35 @@ def test_the_table_pairs_seeds(benchmark, tmp_path):
             (tmp_path / f"{run.stem}-x.json").write_text(text)
     lines = benchmark.table(found, tmp_path).splitlines()
     assert lines[2:] == [
-        "| supervised | 3 | 25.0 ± 5.0 |  |  | 1.0 |",
-        "| mkd | 2 | 29.0 ± 2.8 | +1.5 ± 0.7 | 2 of 2 | 4.0 |",
+        "| supervised | 3 | 25.0 ± 5.0 |  |  | 4 | 1.0 |",
+        "| mkd | 2 | 29.0 ± 2.8 | +1.5 ± 0.7 | 2 of 2 | 4 | 4.0 |",
     ]
+
+
+def test_labels_are_drawn_round_by_round(benchmark, monkeypatch, tmp_path):
+    def labelings(*phases):
+        return [
+            {"phase": f"round_{p}", "accuracy": 0.5 + i / 10, "kept": (i + 1) / 10, "kl": 0.1}
+            for i, p in enumerate(phases)
+        ]
+
+    found = runs(benchmark, 0, 1, rows=["dmt", "dars", "mkd"])
+    made = {"dmt": labelings("1_b", "1_a", "2_b", "2_a"), "dars": labelings("1", "2"), "mkd": []}
+    for run in found:
+        result = {"labelings": made[run.row], "code": "x", "finished": ""}
+        (tmp_path / f"{run.stem}-x.json").write_text(json.dumps(result))
+    right, kept = benchmark.draw(found, tmp_path).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
+    assert lines.keys() == {"dmt (2 seeds)", "dars (2 seeds)"}
+    np.testing.assert_allclose(
+        lines["dmt (2 seeds)"], [(1, 50), (1.5, 60), (2, 70), (2.5, 80)], rtol=1e-6
+    )
+    np.testing.assert_allclose(lines["dars (2 seeds)"], [(1, 50), (2, 60)], rtol=1e-6)
+    assert [line.get_ydata().tolist() for line in kept.lines][-1] == pytest.approx([10, 20])
+    arguments = [f"--results={tmp_path / 'none'}", f"--plot={tmp_path / 'plot.png'}"]
+    monkeypatch.setattr(sys, "argv", ["streets_methods.py", *arguments])
+    with pytest.raises(SystemExit, match="made pseudo-labels"):
+        benchmark.main()
 
 
 @pytest.mark.parametrize(

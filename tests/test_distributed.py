@@ -15,6 +15,8 @@ import pytest
 
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import UserError
+from jaxssl.data.cityscapes import INFO
+from jaxssl.data.pseudo_labels import Store
 from jaxssl.startup import has_peers, join_peers
 
 ROOT = Path(__file__).parents[1]
@@ -56,12 +58,12 @@ def program(tmp_path_factory):
     script = folder / "program.py"
     script.write_text(PROGRAM.format(tests=str(ROOT / "tests")))
 
-    def start(workdir, *, count=1, rank=0, port=0, devices=1):
+    def start(workdir, *, count=1, rank=0, port=0, devices=1, method="mkd", **changes):
         environment = os.environ | {"XDG_CACHE_HOME": str(folder), "PYTHONPATH": str(ROOT)}
         if count > 1:
             environment |= one_of(count, rank, port)
-        flags = [f"--config.{key}={value}" for key, value in FLAGS.items()]
-        config = "--config=configs/mkd_cityscapes.py:streets"
+        flags = [f"--config.{key}={value}" for key, value in {**FLAGS, **changes}.items()]
+        config = f"--config=configs/{method}_cityscapes.py:streets"
         # Compiling is most of the time; without optimization it takes half as long.
         xla = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
@@ -100,9 +102,9 @@ def finish(*processes):
     return [re.sub(r"\[Gloo\].*\n?", "", stdout) for stdout, _ in said]
 
 
-def pair(program, workdir):
+def pair(program, workdir, **changes):
     port = free_port()
-    return [program(workdir, count=2, rank=rank, port=port) for rank in range(2)]
+    return [program(workdir, count=2, rank=rank, port=port, **changes) for rank in range(2)]
 
 
 def wait_for_checkpoint(workdir):
@@ -158,6 +160,44 @@ def test_two_processes_train_as_one_does(program, tmp_path):
     # The second process writes nothing of its own.
     names = [{path.name for path in folder.iterdir()} for folder in (one, two)]
     assert names[1] == names[0]
+
+
+DARS = {
+    "method.ratios": "(0.5,)",
+    "method.beta_min": "(0.0,)",
+    "method.beta_max": "(0.0,)",
+    "warmup": 2,
+    "steps": 3,
+    "data.train_count": 21,
+}
+
+
+@pytest.mark.slow
+def test_two_processes_label_as_one_does(program, tmp_path):
+    """Thirteen images, so that their shares differ."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(program(one, devices=2, method="dars", **DARS))
+    finish(*pair(program, two, method="dars", **DARS))
+    stores = [Store(folder / "pseudo_labels" / "round_1", INFO) for folder in (one, two)]
+    ids = sorted(path.stem for path in (stores[0].folder / "labels").iterdir())
+    assert len(ids) == 13
+    for image_id in ids:
+        (labels, levels), (others, other_levels) = (store.read(image_id) for store in stores)
+        # float32 rounds otherwise where two devices share a batch.
+        assert np.abs(levels.astype(int) - other_levels).max() <= 2
+        assert (labels == others).mean() > 0.98
+    mine, theirs = (store.read_summary() for store in stores)
+    assert (mine["images"], mine["left_out"]) == (theirs["images"], theirs["left_out"]) == (13, 0)
+    counts = [
+        sum(c["predicted"] for c in summary["classes"].values()) for summary in (mine, theirs)
+    ]
+    assert counts == [13 * 32 * 64] * 2
+    assert mine["kept"] == pytest.approx(theirs["kept"], abs=2e-3)
+    assert mine["kl"] == pytest.approx(theirs["kl"], abs=2e-3)
+    assert [line.keys() for line in lines(one)] == [line.keys() for line in lines(two)]
+    for mine, theirs in zip(lines(one), lines(two), strict=True):
+        if "train/loss" in mine:
+            assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-2)
 
 
 ALONE = """
