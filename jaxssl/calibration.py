@@ -177,31 +177,25 @@ def fit_all(logits: np.ndarray, labels: np.ndarray) -> dict[str, Calibration]:
     return {"none": Temperature(1.0), **fitted}
 
 
-def compare(
-    counts: Mapping[str, np.ndarray], prior: np.ndarray, ratio: float, precision: str = "float16"
-) -> dict[str, np.ndarray]:
-    """How many pseudo-labels of each class rules keep: one threshold for all classes (ST) after
-    each calibration, CBST, DA and DARS without one.
+def make_rules(ratio: float, precision: str = "float16") -> dict[str, tuple[str, Rule]]:
+    """What DARS compares, each a calibration and a rule: one threshold for all classes (ST) after
+    each calibration, and CBST, DA and DARS without one.
 
     Args:
-      counts: by calibration, int64 `[C,levels]`: positions by predicted class and confidence.
-      prior: int64 `[C]`, positions by class in the ground truth of the labeled images.
       ratio: share of the positions to keep.
       precision: of the confidences that DA and DARS compare (`selection.Aligned`).
 
-    Returns:
-      By name, float64 `[C]`.
+    Raises:
+      UserError: the ratio is no share.
     """
     single = TopShare(ratio, per_class=False)
-    plain: dict[str, Rule] = {
-        "CBST": TopShare(ratio),
-        "DA": Aligned(ratio, sample=False, precision=precision),
-        "DARS": Aligned(ratio, precision=precision),
+    return {
+        "ST": ("none", single),
+        **{f"ST + {name}": (name, single) for name in FITS},
+        "CBST": ("none", TopShare(ratio)),
+        "DA": ("none", Aligned(ratio, sample=False, precision=precision)),
+        "DARS": ("none", Aligned(ratio, precision=precision)),
     }
-    titles = {name: "ST" if name == "none" else f"ST + {name}" for name in counts}
-    kept = {title: (single, counts[name]) for name, title in titles.items()}
-    kept |= {title: (rule, counts["none"]) for title, rule in plain.items()}
-    return {title: expected_counts(x, rule(x, prior)) for title, (rule, x) in kept.items()}
 
 
 def expected_counts(counts: np.ndarray, chosen: Selection) -> np.ndarray:

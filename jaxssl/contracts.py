@@ -22,6 +22,9 @@ from typing import (
     Protocol,
     TypeAlias,
     TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
 )
 
 if TYPE_CHECKING:
@@ -430,6 +433,16 @@ class Method(abc.ABC):
         return None
 
     teacher_stats: Literal["ema", "copy", "own"] = dataclasses.field(default="ema", kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuses words that a field does not know."""
+        for field, kind in get_type_hints(type(self)).items():
+            words = get_args(kind) if get_origin(kind) is Literal else ()
+            if words and getattr(self, field) not in words:
+                raise UserError(
+                    f"Unknown method.{field} {getattr(self, field)!r}. There are: "
+                    f"{', '.join(map(str, words))}."
+                )
 
     @abc.abstractmethod
     def phases(self, plan: Plan) -> tuple[Phase, ...]:

@@ -337,6 +337,7 @@ def calibrate(
     if ratio is None:
         ratio = rule.ratio if isinstance(rule, (Aligned, TopShare)) else 0.2
     precision = rule.precision if isinstance(rule, Aligned) else "float16"
+    rules = calibration.make_rules(ratio, precision)
     network, number = _labeler(run, phase, network, step, console)
     look = _Look(run, network, number, how, sources["val"], console)
     unlabeled = _evenly_spaced(sources["unlabeled"], images)
@@ -348,7 +349,10 @@ def calibrate(
     fitted = calibration.fit_all(sample.logits, sample.labels)
     counts, left_out = look.count(unlabeled, fitted)
     prior = watch.class_counts(sources["labeled"])
-    kept = calibration.compare(counts, prior, ratio, precision)
+    kept = {
+        name: calibration.expected_counts(counts[by], choose(counts[by], prior))
+        for name, (by, choose) in rules.items()
+    }
     predicted = counts["none"].sum()
     found = {
         "network": network,

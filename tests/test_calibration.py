@@ -161,6 +161,9 @@ def test_calibration_error_falls_with_the_right_temperature():
     assert calibration.calibration_error(2 * logits, labels) > 0.05
 
 
+OTHER = "matrix scaling"
+
+
 def simulated_levels(seed=0, classes=5, count=3000):
     rng = np.random.default_rng(seed)
     prior = rng.dirichlet(np.full(classes, 4))
@@ -179,16 +182,25 @@ def test_rules_keep_what_a_ranking_of_all_positions_keeps(ratio):
     labels, levels, prior = simulated_levels()
     scaled = np.random.default_rng(5).permutation(levels)
     counts = {
-        name: selection.count(labels, x, 5) for name, x in (("none", levels), ("other", scaled))
+        name: selection.count(labels, x, 5) for name, x in (("none", levels), (OTHER, scaled))
     }
-    found = calibration.compare(counts, prior, ratio)
-    assert list(found) == ["ST", "ST + other", "CBST", "DA", "DARS"]
+    rules = calibration.make_rules(ratio)
+    assert list(rules) == [
+        *("ST", "ST + temperature scaling", "ST + matrix scaling", "ST + histogram binning"),
+        *("CBST", "DA", "DARS"),
+    ]
+    assert {by for by, _ in rules.values()} == {"none", *calibration.FITS}
+    found = {
+        name: calibration.expected_counts(counts[by], rule(counts[by], prior))
+        for name, (by, rule) in rules.items()
+        if by in counts
+    }
 
     def from_above(sure, wanted):
         return sure >= np.sort(sure)[::-1][wanted - 1]
 
     expected = {name: np.zeros(5) for name in found}
-    for name, sure in (("ST", levels), ("ST + other", scaled)):
+    for name, sure in (("ST", levels), (f"ST + {OTHER}", scaled)):
         kept = from_above(sure, math.ceil(ratio * len(sure)))
         expected[name] += np.bincount(labels[kept], minlength=5)
     for j in range(5):

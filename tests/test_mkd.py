@@ -550,3 +550,10 @@ def test_overfits_eight_images():
     predict = make_predict(nets["a"])
     logits = predict(states[-1].network("a"), images["image"], images["valid"])
     assert mean_iou(images["label"], np.argmax(logits, -1)) > 0.9
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(contracts.UserError, match=r"ramp 'square'\. There are: cosine, linear"):
+        mkd.Method(ramp="square")
+    with pytest.raises(contracts.UserError, match="teacher_stats 'none'"):
+        mkd.Method(teacher_stats="none")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxssl.contracts import IGNORE_LABEL, DataInfo, Record, UserError
-from jaxssl.data.files import open_image
+from jaxssl.data.files import open_image, read_record
 from jaxssl.data.splits import known_ids
 
 # label id in the files, name, color; the position in this table is the train id.
@@ -97,17 +97,8 @@ class Cityscapes:
 
     def __getitem__(self, index: int) -> Record:
         path = self.root / self._images[index]
-        image = _read_image(path)
-        if self._labels is None:
-            return Record(image=image, id=self.ids[index], file=str(path))
-        label_path = self.root / self._labels[index]
-        label = _read_label(label_path)
-        if label.shape != image.shape[:2]:
-            raise UserError(
-                f"The label {label_path} is {label.shape[1]}x{label.shape[0]} pixels, its image "
-                f"{path} is {image.shape[1]}x{image.shape[0]}. Give both the same size."
-            )
-        return Record(image=image, label=label, id=self.ids[index], file=str(path))
+        label_path = None if self._labels is None else self.root / self._labels[index]
+        return read_record(self.ids[index], path, label_path, _read_label)
 
 
 def _list_images(root: Path, split: str) -> dict[str, str]:
@@ -157,16 +148,6 @@ def _label_file(image: str, present: set[str]) -> str | None:
 
 def _list(root: Path, pattern: str) -> list[str]:
     return [path.relative_to(root).as_posix() for path in root.glob(pattern)]
-
-
-def _read_image(path: Path) -> np.ndarray:
-    image = open_image(path)
-    if image.mode not in ("RGB", "L"):
-        raise UserError(
-            f"The image {path} has mode {image.mode}. Convert it to 8-bit RGB or grayscale, "
-            "without transparency."
-        )
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _read_label(path: Path) -> np.ndarray:

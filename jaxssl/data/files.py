@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from PIL import Image
 
-from jaxssl.contracts import UnreadableError, UserError
+from jaxssl.contracts import Record, UnreadableError, UserError
 
 
 def listed(messages: Sequence[object], most: int = 10) -> str:
@@ -34,6 +35,37 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     with opened(path, content) as image:
         image.load()
         return image
+
+
+def read_record(
+    image_id: str,
+    path: Path,
+    label_path: Path | None,
+    read_label: Callable[[Path], np.ndarray],
+) -> Record:
+    """Reads an image, 8-bit RGB or grayscale, and its label if there is a path of one.
+
+    Raises:
+      UnreadableError: a file is missing or damaged.
+      UserError: the image has another mode, or the label another size; and what `read_label`
+        raises, which gives uint8 `[h,w]`.
+    """
+    image = open_image(path)
+    if image.mode not in ("RGB", "L"):
+        raise UserError(
+            f"The image {path} has mode {image.mode}. Convert it to 8-bit RGB or grayscale, "
+            "without transparency."
+        )
+    record = Record(image=np.asarray(image.convert("RGB")), id=image_id, file=str(path))
+    if label_path is None:
+        return record
+    label = record["label"] = read_label(label_path)
+    if label.shape != record["image"].shape[:2]:
+        raise UserError(
+            f"The label {label_path} is {label.shape[1]}x{label.shape[0]} pixels, its image "
+            f"{path} is {image.width}x{image.height}. Give both the same size."
+        )
+    return record
 
 
 @contextlib.contextmanager

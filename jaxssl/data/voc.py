@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxssl.contracts import IGNORE_LABEL, DataInfo, Record, UnreadableError, UserError
-from jaxssl.data.files import open_image
+from jaxssl.data.files import open_image, read_record
 from jaxssl.data.splits import known_ids
 
 CLASSES = (
@@ -136,17 +136,10 @@ class Voc:
 
     def __getitem__(self, index: int) -> Record:
         path = self.root / _IMAGES / f"{self.ids[index]}.jpg"
-        image = _read_image(path)
-        if self._labels is None:
-            return Record(image=image, id=self.ids[index], file=str(path))
-        label_path = self._labels[index].path(self.ids[index])
-        label = _read_label(label_path)
-        if label.shape != image.shape[:2]:
-            raise UserError(
-                f"The label {label_path} is {label.shape[1]}x{label.shape[0]} pixels, its image "
-                f"{path} is {image.shape[1]}x{image.shape[0]}. Give both the same size."
-            )
-        return Record(image=image, label=label, id=self.ids[index], file=str(path))
+        label_path = None
+        if self._labels is not None:
+            label_path = self._labels[index].path(self.ids[index])
+        return read_record(self.ids[index], path, label_path, _read_label)
 
 
 class _Labels(NamedTuple):
@@ -255,15 +248,6 @@ def _count(tree: Path, ids: tuple[str, ...], labels: tuple[_Labels, ...]) -> str
 
 def _names(folder: Path, end: str) -> set[str]:
     return {path.name.removesuffix(end) for path in folder.glob(f"[!.]*{end}")}
-
-
-def _read_image(path: Path) -> np.ndarray:
-    image = open_image(path)
-    if image.mode not in ("RGB", "L"):
-        raise UserError(
-            f"The image {path} has mode {image.mode}. Convert it to 8-bit RGB or grayscale."
-        )
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _read_label(path: Path) -> np.ndarray:

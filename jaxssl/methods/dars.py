@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,18 +82,7 @@ class Method(contracts.Method):
     auxiliary_weight: float = 0.4
 
     def __post_init__(self) -> None:
-        known = {
-            "rule": Kind,
-            "precision": Precision,
-            "schedule": Schedule,
-            "label_mode": LabelMode,
-        }
-        for field, words in known.items():
-            if getattr(self, field) not in get_args(words):
-                raise UserError(
-                    f"Unknown method.{field} {getattr(self, field)!r}. There are: "
-                    f"{', '.join(get_args(words))}."
-                )
+        super().__post_init__()
         if not len(self.ratios) == len(self.beta_min) == len(self.beta_max):
             raise UserError(
                 f"method.ratios={self.ratios}, method.beta_min={self.beta_min} and "

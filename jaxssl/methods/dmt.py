@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,13 +95,7 @@ class Method(contracts.Method):
     auxiliary_weight: float = 0.4
 
     def __post_init__(self) -> None:
-        known = {"labels": Labels, "weight": Weight, "start": Start, "label_at": LabelAt}
-        for field, words in known.items():
-            if getattr(self, field) not in get_args(words):
-                raise UserError(
-                    f"Unknown method.{field} {getattr(self, field)!r}. There are: "
-                    f"{', '.join(get_args(words))}."
-                )
+        super().__post_init__()
         if not 0.5 < self.alpha < 1:
             raise UserError(f"method.alpha={self.alpha} is not between 0.5 and 1.")
 
