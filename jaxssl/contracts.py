@@ -349,6 +349,12 @@ class Phase:
             raise ValueError(f"The phase {self.name} has {len(found)} pseudo-labeled streams.")
         return found[0] if found else None
 
+    @property
+    def labeling(self) -> Labeling | None:
+        """How that stream is labeled."""
+        labels = self.pseudo_labeled and self.pseudo_labeled.labels
+        return labels if isinstance(labels, Labeling) else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

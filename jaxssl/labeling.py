@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxssl import metrics, selection, sweep, train, watch
-from jaxssl.contracts import IGNORE_LABEL, Labeling, Selection, Source, Stream, UserError
+from jaxssl.contracts import IGNORE_LABEL, Selection, Source, Stream, UserError
 from jaxssl.data import loading, pipeline
 from jaxssl.data.pseudo_labels import Store
 from jaxssl.data.quarantine import Damage
@@ -200,8 +200,8 @@ def _stream_and_store(run: Run, index: int) -> tuple[Stream | None, Store]:
 
 def _label(run: Run, index: int, stream: Stream, store: Store) -> None:
     phase, source = run.phases[index], run.sources[stream.name]
-    assert isinstance(stream.labels, Labeling)
-    labeling, mine = stream.labels, sweep.share(source)
+    labeling, mine = phase.labeling, sweep.share(source)
+    assert labeling is not None
     _all_here(f"{phase.name}: labeling")
     if store.read_selection() is None:
         _predict(run, index, stream, store, mine)
@@ -247,8 +247,8 @@ def _report(run: Run, index: int, summary: Mapping[str, Any]) -> None:
 
 def _predict(run: Run, index: int, stream: Stream, store: Store, mine: Source) -> None:
     """The first pass, over those images of this process that have no label yet."""
-    labeling = stream.labels
-    assert isinstance(labeling, Labeling)
+    labeling = run.phases[index].labeling
+    assert labeling is not None
     todo = store.missing(mine.ids)
     if not todo:
         return

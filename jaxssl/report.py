@@ -9,10 +9,11 @@ network. It prints two tables and writes to the folder W/report:
                      (config.eval.unlabeled_truth), which share of these labels is right
   report.json        all numbers; shares are in [0,1]
 
-With `--calibration` a network labels the unlabeled images once more, to compare how far from the
-labels' the classes are that each way to choose among its pseudo-labels keeps, in KL(labels ||
-pseudo-labels); calibration.json has that, too. Calibrations are fitted on validation labels. DARS
-has in its Table 5, on 1/8 of Cityscapes at a ratio of .2, with T = 1.27:
+With `--calibration` a network labels the unlabeled images once more. Rules that choose among its
+pseudo-labels are compared, some of them after a calibration that is fitted on validation labels, by
+how far the classes of what they keep are from those of the labels: KL(labels || pseudo-labels) is
+printed and written to calibration.json. On 1/8 of Cityscapes, at a ratio of .2 and with T = 1.27,
+Table 5 of DARS has
 
   ST  .0491    ST + temperature scaling  .0357    ST + histogram binning  .4188
   DARS .0005   ST + matrix scaling       .0340    ST + focal loss         .0396
@@ -85,8 +86,8 @@ CITYSCAPES_TAIL = (
 
 No 13 classes have the means that are printed as Tail mIoU in its ten rows, though all 19 have those
 printed as mIoU. These come nearest, to .65 points or less (the next choice: .90). DARS is among the
-best two of the table in 10 of them, as the text says. And they are what `TAIL_SHARE` gives: they
-hold 7 % of all labeled pixels, and together with the sky 11 %.
+best two of the upper part in 10 of them, as the text says. And they are what `TAIL_SHARE` gives:
+they hold 7 % of all labeled pixels, and together with the sky 11 %.
 """
 
 
@@ -238,18 +239,16 @@ def class_figure(info: DataInfo, labelings: Sequence[Mapping[str, Any]]) -> Figu
     order = np.argsort(-shares[0], kind="stable")
     shares, bars = 100 * shares[:, order], len(shares)
     colors = np.array(info.palette)[order] / 255
-    figure = _figure(max(7.0, 1.5 + len(order) * (0.3 + 0.13 * bars)), 4.6)
+    figure = _figure(max(7.0, 1.5 + len(order) * (0.3 + min(0.13 * bars, 0.55))), 4.6)
     axes = figure.subplots()
     _quiet(axes)
-    least = shares[shares > 0].min(initial=1.0)
-    floor = 10.0 ** np.floor(np.log10(least / 1.5))
-    width, names = 0.84 / bars, ["labels", *(one["phase"] for one in labelings)]
-    hatches = ["", *(_HATCHES[i % len(_HATCHES)] for i in range(bars - 1))]
-    for i, (share, hatch) in enumerate(zip(shares, hatches, strict=True)):
+    floor = 10.0 ** np.floor(np.log10(shares[shares > 0].min(initial=1.0) / 1.5))
+    # The labels have the colors of their classes, round after round is paler.
+    width, pale = 0.84 / bars, np.concatenate([[0], np.linspace(0.35, 0.75, bars - 1)])
+    for i, share in enumerate(shares):
         x = np.arange(len(order)) + (i - (bars - 1) / 2) * width
-        face = colors if i == 0 else 0.45 * colors + 0.55
-        style = {"edgecolor": _INK, "linewidth": 0.6, "hatch": hatch}
-        axes.bar(x, np.maximum(share, floor) - floor, width, floor, color=face, **style)
+        face, height = colors + pale[i] * (1 - colors), np.maximum(share, floor) - floor
+        axes.bar(x, height, width, floor, color=face, edgecolor=_INK, linewidth=0.6)
         axes.plot(x[share == 0], np.full((share == 0).sum(), 1.25 * floor), "x", color=_RED, ms=4)
     axes.set_yscale("log")
     axes.set_ylim(floor, 130)
@@ -258,9 +257,10 @@ def class_figure(info: DataInfo, labelings: Sequence[Mapping[str, Any]]) -> Figu
     axes.set_xlim(-0.6, len(order) - 0.4)
     ticks = [info.classes[i] for i in order]
     axes.set_xticks(range(len(order)), ticks, rotation=40, ha="right", rotation_mode="anchor")
+    names = ["labels", *(one["phase"] for one in labelings)]
     handles: list[Any] = [
-        Patch(facecolor="0.55" if i == 0 else "0.85", edgecolor=_INK, hatch=hatch, label=name)
-        for i, (name, hatch) in enumerate(zip(names, hatches, strict=True))
+        Patch(facecolor=str(0.4 + 0.6 * pale[i]), edgecolor=_INK, label=name)
+        for i, name in enumerate(names)
     ]
     if (shares == 0).any():
         handles += axes.plot([], [], "x", color=_RED, ms=5, label="none")
@@ -641,7 +641,6 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
         file.write((json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
-_HATCHES = ("", "////", "....", "xxx", "----", "oo", "++", "||||")
 _INK, _RED, _BLUE, _ORANGE = "#1c1e22", "#b3261e", "#2f5d8a", "#d9913a"
 
 

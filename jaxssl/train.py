@@ -342,11 +342,12 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
         return
     phase, later = run.phases[index], run.phases[index + 1 :]
     wanted = [*phase.frozen.values()]
+    # What labeled first is what rules for labels are compared with when the run is over.
+    wanted += [p.labeling.network for p in run.phases if p.labeling][:1]
     for other in later:
         wanted += [*other.start.values(), *other.frozen.values()]
         wanted += [weights for sweep in other.sweeps for weights in sweep.networks.values()]
-        stream = other.pseudo_labeled
-        wanted += [stream.labels.network] if stream and isinstance(stream.labels, Labeling) else []
+        wanted += [other.labeling.network] if other.labeling else []
     done = {p.name for p in run.phases[: index + 1]}
     run.checkpoints.keep = {
         run.step_of(weights) for weights in wanted if weights.phase in done & run.best.keys()

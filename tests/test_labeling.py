@@ -265,6 +265,25 @@ def test_killed_anywhere_nothing_is_labeled_twice(config, whole, tmp_path, where
     assert_same(tmp_path, whole[0])
 
 
+@pytest.mark.parametrize("step", [8, 10, 16])
+def test_killed_in_a_round_or_at_its_end(config, whole, tmp_path, step):
+    """Rounds of four updates after two supervised phases of three, saved after each second one."""
+    save = phases.train.save
+
+    def saving(run, index, state, at):
+        save(run, index, state, at)
+        if at == step:
+            run.checkpoints.wait()
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases.train, "save", saving)
+        with pytest.raises(Killed):
+            phases.run(config, tmp_path)
+    assert phases.run(config, tmp_path) == 0
+    assert_same(tmp_path, whole[0])
+
+
 def test_a_signal_while_labeling_leaves_and_goes_on(config, whole, tmp_path, monkeypatch):
     write, signals = Store.write, []
     monkeypatch.setattr(
