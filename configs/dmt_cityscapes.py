@@ -58,13 +58,9 @@ def get_config(arg: str | None = None) -> configs.Config:
         return config
     few = variant["split"] == "1_30"
     config.data.split = variant["split"] or "1_8"
-    config.update(crop=(256, 512), steps=None, epochs=8.0 if few else 10.0)
+    configs.use_dmt(config, variant["backbone"], 4e-3)
+    config.update(crop=(256, 512), epochs=8.0 if few else 10.0)
     config.batch.update(labeled=1 if few else 2, unlabeled=7 if few else 6)
     config.augment.scale = (0.25, 0.75)  # .5 to 1.5 of images at half their size
-    config.eval.update(every=500, mode="half_res")
-    backbone = "resnet50" if variant["backbone"] == "r50" else "resnet101"
-    configs.use_network(config, "deeplab_v2", backbone=backbone)
-    if variant["backbone"] == "pretrained":
-        configs.use_pretrained(config)
-    config.optimizer.update(learning_rate=4e-3, head_factor=1.0)
+    config.eval.mode = "half_res"
     return config

@@ -44,14 +44,8 @@ def get_config(arg: str | None = None) -> configs.Config:
     config.method = configs.dmt(gamma_1=5.0, gamma_2=5.0, oracle_epochs=30.0, supervised_rate=2e-3)
     if split in ("1_106", "1_50") or backbone == "pretrained":
         config.method.start = "sampling"
-    epochs = 5.0 if split in ("1_8", "1464") else 4.0
-    config.update(crop=(321, 321), steps=None, epochs=epochs)
+    configs.use_dmt(config, backbone, 1e-3)
+    config.update(crop=(321, 321), epochs=5.0 if split in ("1_8", "1464") else 4.0)
     config.batch.update(labeled=1, unlabeled=7)
     config.augment.scale = (0.5, 1.5)
-    config.eval.every = 500
-    resnet = "resnet50" if backbone == "r50" else "resnet101"
-    configs.use_network(config, "deeplab_v2", backbone=resnet)
-    if backbone == "pretrained":
-        configs.use_pretrained(config)
-    config.optimizer.update(learning_rate=1e-3, head_factor=1.0)
     return config

@@ -355,6 +355,23 @@ def dars(**changes: Any) -> Config:
     return section
 
 
+def use_dmt(config: Config, backbone: str | None, learning_rate: float) -> None:
+    """Swaps in what DMT says of any data: DeepLabv2, all at one learning rate; epochs, crop and
+    batch are left to set.
+
+    Args:
+      config: is changed.
+      backbone: "r50", "r101" (if None) or "pretrained".
+      learning_rate: of the rounds.
+    """
+    use_network(config, "deeplab_v2", backbone="resnet50" if backbone == "r50" else "resnet101")
+    if backbone == "pretrained":
+        use_pretrained(config)
+    config.optimizer.update(learning_rate=learning_rate, head_factor=1.0)
+    config.update(steps=None)
+    config.eval.every = 500
+
+
 def use_dars(config: Config, crop: int, shown: float) -> None:
     """Swaps in what DARS says of any data: PSPNet-50, batch, optimizer, geometry, and evaluation by
     windows and mirror images, as its released code does; epochs are left to set.

@@ -261,12 +261,8 @@ def evaluate_trained(run: Trained, network: str | None, step: str, split: str) -
     """
     number = run.step(int(step) if step.isdigit() else cast(Any, step))
     source = loading.load(run.config.data, split, labels=True)
-    classes = source.info.classes
-    if classes != run.info.classes:
-        raise UserError(
-            f"The data have the classes {', '.join(classes)}, but {run.workdir} was trained on "
-            f"{', '.join(run.info.classes)}."
-        )
+    run.check_classes(source.info)
+    classes = run.info.classes
     startup.keep_compiled(run.config)
     console = logs.create_console()
     evaluator = Evaluator(run.nets, source, sharding.make_mesh(), run.config, say=console.message)

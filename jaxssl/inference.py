@@ -88,6 +88,11 @@ class Presentation:
         height, width = self.window
         return height, width
 
+    @property
+    def uncropped(self) -> Presentation:
+        """The same of whole images: that only a center counts is of interest to scores alone."""
+        return dataclasses.replace(self, mode="whole") if self.mode == "center_crop" else self
+
     def __str__(self) -> str:
         """Such as "slide 769x769 stride 513x513, flip", height before width."""
         words = {

@@ -176,8 +176,7 @@ def _prior(run: Trained, keep: Rule, rule: str, store: Store) -> np.ndarray:
 
 def _count_labels(run: Trained) -> np.ndarray:
     source = loading.training_sets(run.config.data)[1]["labeled"]
-    if source.info.classes != run.info.classes:
-        raise UserError(f"They have other classes: {', '.join(source.info.classes)}.")
+    run.check_classes(source.info)
     counts = class_counts(source)
     if not counts.any():
         raise UserError("No pixel of them has a class.")

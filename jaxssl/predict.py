@@ -226,9 +226,7 @@ class Job:
         outputs.check(names)
         network, step = network or run.headline, run.step(step)
         run.net(network)  # is there
-        how = Presentation.of(run.config.eval, run.config.crop)
-        if how.mode == "center_crop":  # of interest to scores alone: the whole image is shown
-            how = dataclasses.replace(how, mode="whole")
+        how = Presentation.of(run.config.eval, run.config.crop).uncropped
         return cls(run, network, step, how, folder, tuple(names))
 
     @property

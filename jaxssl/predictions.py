@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jaxssl.contracts import DataInfo, UnreadableError, UserError
 from jaxssl.data import cityscapes, folder
-from jaxssl.data.files import whole
+from jaxssl.data.files import whole, write_json
 from jaxssl.data.layouts import SUFFIXES
 
 _SETTINGS = "predictions.json"
@@ -117,8 +117,7 @@ class Outputs:
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Makes the output folder, once `check_folder` has nothing against it."""
         self.check_folder(settings)
-        with whole(self.folder / _SETTINGS) as file:
-            file.write((json.dumps(settings, indent=1) + "\n").encode())
+        write_json(self.folder / _SETTINGS, settings)
         self.write_legend()
 
     def paths(self, name: Path) -> dict[str, Path]:

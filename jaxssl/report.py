@@ -25,39 +25,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxssl import (
-    calibration,
-    labeling,
-    logs,
-    metrics,
-    phases,
-    selection,
-    sharding,
-    startup,
-    sweep,
-    watch,
-)
-from jaxssl.calibration import Calibration, Sample, Temperature
-from jaxssl.contracts import IGNORE_LABEL, DataInfo, Labeling, Source, UserError
-from jaxssl.data import cityscapes, files, loading, pipeline
+from jaxssl import comparison, logs
+from jaxssl.contracts import DataInfo, UserError
+from jaxssl.data import cityscapes, files
 from jaxssl.data.pseudo_labels import Store
-from jaxssl.data.splits import Split
-from jaxssl.evaluate import Evaluator
-from jaxssl.inference import Presentation
-from jaxssl.selection import LEVELS, Aligned, TopShare
 from jaxssl.trained import Trained, open_trained
 
 if TYPE_CHECKING:
@@ -100,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with logs.create_console() as console:
             report(run, console)
             if args.calibration:
-                calibrate(
+                comparison.compare(
                     run,
                     console,
                     network=args.network,
@@ -157,7 +137,7 @@ def report(run: Trained, console: logs.Console) -> dict[str, Any]:
     console.message(f"Tail classes: {', '.join(tail) or 'none'}")
     folder = run.workdir / "report"
     found = {"tail": list(tail), "scores": scores, "labelings": labelings}
-    _write_json(folder / "report.json", found)
+    files.write_json(folder / "report.json", found)
     written = ["report.json"]
     if labelings:
         columns = ("phase", "labeled by", "step", "images", "kept %", "KL", "accuracy %")
@@ -218,7 +198,7 @@ def read_scores(run: Trained, tail: Sequence[str]) -> list[dict[str, Any]]:
 
 def read_labelings(run: Trained) -> list[dict[str, Any]]:
     """What the labeling before each phase came to (`labeling.summarize`), in order."""
-    stores = (_store(run, phase) for phase, _ in run.phases)
+    stores = (Store.of(run.workdir, phase, run.info) for phase, _ in run.phases)
     return [store.read_summary() for store in stores if store.complete]
 
 
@@ -297,297 +277,6 @@ def quality_figure(labelings: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def calibrate(
-    run: Trained,
-    console: logs.Console,
-    *,
-    network: str | None = None,
-    step: str | int | None = None,
-    ratio: float | None = None,
-    pixels: int = 200_000,
-    images: int | None = None,
-) -> dict[str, Any]:
-    """Compares rules and calibrations by the classes that they keep, and writes calibration.json.
-
-    What is drawn at random among pseudo-labels counts as its mean. Cross entropies and calibration
-    errors are those of the validation pixels that were fitted on.
-
-    Args:
-      run: whose config says where the data are.
-      console: shows the tables.
-      network: that labels; None takes the first round's.
-      step: "best", "last" or a number; None takes the one that it labeled at, where it is kept.
-      ratio: share of the pixels to keep; None takes the first round's, or .2.
-      pixels: of validation images to fit on, at most.
-      images: unlabeled images to label, at most.
-
-    Returns:
-      What calibration.json holds.
-
-    Raises:
-      UserError: there is no such network or step, or the data do not fit the run.
-    """
-    for name, value in (("pixels", pixels), ("images", images)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value} is too small. Give 1 or more.")
-    sources = _open_sources(run)
-    phase, first = _first_labeling(run, sources) or (None, None)
-    how = _presentation(run) if first is None else first.shown
-    rule = None if first is None else first.rule
-    if ratio is None:
-        ratio = rule.ratio if isinstance(rule, (Aligned, TopShare)) else 0.2
-    precision = rule.precision if isinstance(rule, Aligned) else "float16"
-    rules = calibration.make_rules(ratio, precision)
-    network, number = _labeler(run, phase, network, step, console)
-    look = _Look(run, network, number, how, sources["val"], console)
-    unlabeled = _evenly_spaced(sources["unlabeled"], images)
-    console.message(
-        f"Calibration: {network} at step {number}, {how}; up to {pixels} pixels of "
-        f"{len(sources['val'])} validation images, then {len(unlabeled)} unlabeled images."
-    )
-    sample = look.sample(sources["val"], pixels)
-    fitted = calibration.fit_all(sample.logits, sample.labels)
-    counts, left_out = look.count(unlabeled, fitted)
-    prior = watch.class_counts(sources["labeled"])
-    kept = {
-        name: calibration.expected_counts(counts[by], choose(counts[by], prior))
-        for name, (by, choose) in rules.items()
-    }
-    predicted = counts["none"].sum()
-    found = {
-        "network": network,
-        "step": number,
-        "shown": str(how),
-        "images": len(unlabeled) - len(left_out),
-        "left_out": left_out,
-        "pixels": len(sample.keys),
-        "ratio": ratio,
-        "precision": precision,
-        "temperature": cast(Temperature, fitted["temperature scaling"]).value,
-        "calibrations": {name: _fit_json(one, sample) for name, one in fitted.items()},
-        "rules": {name: _kept_json(run.info, x, predicted, prior) for name, x in kept.items()},
-    }
-    path = run.workdir / "report" / "calibration.json"
-    _write_json(path, found)
-    console.close()  # the last bar stays above the result
-    _show_calibration(found, console)
-    console.message(f"Written to {path}")
-    return found
-
-
-class _Look:
-    """One network of a run, to be shown images."""
-
-    def __init__(
-        self,
-        run: Trained,
-        network: str,
-        step: int,
-        how: Presentation,
-        source: Source,
-        console: logs.Console,
-    ):
-        variables = run.variables(network, step)
-        startup.keep_compiled(run.config)
-        self._run = Evaluator(
-            run.nets, source, sharding.make_mesh(), run.config, say=console.message
-        )
-        self._seed, self._console = run.config.seed, console
-        self._predict = functools.partial(
-            self._run.predict, network, how, self._run.local(variables)
-        )
-
-    def sample(self, source: Source, size: int) -> Sample:
-        """Logits and labels of pixels drawn from all those of a source that have a label."""
-        C = source.info.num_classes
-        drawn = Sample(np.zeros(0, np.uint32), np.zeros((0, C), np.float32), np.zeros(0, np.uint8))
-
-        def batches() -> Iterator[dict[str, np.ndarray]]:
-            for batch in self._batches(source):
-                if "label" not in batch:
-                    raise UserError(_NO_LABELS)
-                ids = (source.ids[i] if i >= 0 else "" for i in batch["index"])
-                rngs = [labeling.image_rng(self._seed, image_id) for image_id in ids]
-                positions, keys = calibration.draw(batch["label"], rngs, size)
-                yield {**batch, "positions": positions, "keys": keys}
-
-        @jax.jit
-        def read(logits: jax.Array, positions: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(logits.reshape(len(logits), -1, C), positions[..., None], 1)
-
-        def add(batch: Mapping[str, np.ndarray], logits: np.ndarray) -> None:
-            nonlocal drawn
-            flat = batch["label"].reshape(len(logits), -1)
-            labels = np.take_along_axis(flat, batch["positions"], 1)
-            known = labels != IGNORE_LABEL
-            found = Sample(batch["keys"][known], logits[known], labels[known])
-            drawn = drawn.merged(found, size)
-
-        self._each(
-            "validation",
-            len(source),
-            lambda batch: read(self._predict(batch), batch["positions"]),
-            batches(),
-            add,
-        )
-        if not len(drawn.keys):
-            raise UserError(_NO_LABELS)
-        return drawn
-
-    def count(
-        self, source: Source, calibrations: Mapping[str, Calibration]
-    ) -> tuple[dict[str, np.ndarray], list[str]]:
-        """By calibration, int64 `[C,levels]`: pixels by predicted class and level of confidence;
-        and which images could not be read.
-        """
-        C, left_out = source.info.num_classes, list[str]()
-        counts = {name: np.zeros((C, LEVELS), np.int64) for name in calibrations}
-
-        @jax.jit
-        def read(calibrations: Mapping[str, Calibration], logits: jax.Array) -> Any:
-            return {name: labeling.most_probable(x(logits)) for name, x in calibrations.items()}
-
-        def add(batch: Mapping[str, np.ndarray], found: Mapping[str, Any]) -> None:
-            valid = batch["valid"]
-            for name, (labels, levels) in found.items():
-                counts[name] += selection.count(labels[valid], levels[valid], C)
-
-        batches = self._batches(source, lambda i, _: left_out.append(source.ids[i]))
-        self._each(
-            "unlabeled",
-            len(source),
-            lambda batch: read(calibrations, self._predict(batch)),
-            batches,
-            add,
-        )
-        return counts, left_out
-
-    def _batches(
-        self, source: Source, on_damage: Callable[[int, str], None] | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        batch, bucket = self._run.batch, self._run.bucket
-        return pipeline.in_order(source, batch, bucket=bucket, on_damage=on_damage)
-
-    def _each(
-        self,
-        name: str,
-        total: int,
-        update: sweep.Update,
-        batches: Iterable[Mapping[str, np.ndarray]],
-        sink: sweep.Sink,
-    ) -> None:
-        """As `sweep.each`, over `total` images, and says how far it is."""
-        done = 0
-
-        def counting(batch: Mapping[str, np.ndarray], found: Any) -> None:
-            nonlocal done
-            sink(batch, found)
-            done += int((batch["index"] >= 0).sum())
-            self._console.step(done)
-
-        self._console.phase(name, total, unit="images")
-        with self._run.telling_compilations("Calibration"):
-            sweep.each(update, batches, self._run.mesh, counting)
-
-
-def _open_sources(run: Trained) -> dict[str, Source]:
-    """The data that a run learned from; UserError where they changed since."""
-    split, sources = phases.open_sources(run.config.data)
-    stored = run.workdir / "splits.json"
-    if stored.exists() and Split.from_json(stored.read_text()) != split:
-        raise UserError(
-            f"The images differ from those in {stored}: the data changed since the run, or are "
-            "elsewhere. Say where with --config.data.root=DIR."
-        )
-    if (classes := sources["val"].info.classes) != run.info.classes:
-        raise UserError(
-            f"The data have the classes {', '.join(classes)}, but {run.workdir} was trained on "
-            f"{', '.join(run.info.classes)}."
-        )
-    if not len(sources["unlabeled"]):
-        raise UserError(f"{run.workdir} has no unlabeled images: there is nothing to label.")
-    return sources
-
-
-def _first_labeling(run: Trained, sources: Mapping[str, Source]) -> tuple[str, Labeling] | None:
-    """The first phase that learns from stored pseudo-labels, and how they are made; if any does."""
-    for phase in run.method.phases(phases.make_plan(run.config, sources)):
-        stream = phase.pseudo_labeled
-        if stream is not None and isinstance(stream.labels, Labeling):
-            return phase.name, stream.labels
-    return None
-
-
-def _presentation(run: Trained) -> Presentation:
-    """How images are shown in a run that labels none: as it evaluates, but whole images."""
-    how = Presentation.of(run.config.eval, run.config.crop)
-    return dataclasses.replace(how, mode="whole") if how.mode == "center_crop" else how
-
-
-def _labeler(
-    run: Trained,
-    phase: str | None,
-    network: str | None,
-    step: str | int | None,
-    console: logs.Console,
-) -> tuple[str, int]:
-    """Name and step of the network to label with; see `calibrate`."""
-    if network is None and step is None and phase is not None and _store(run, phase).complete:
-        first = _store(run, phase).read_summary()["labeler"]
-        if first["step"] in run.kept:
-            return first["network"], first["step"]
-        console.message(
-            f"The checkpoint that labeled before {phase} (step {first['step']}) is not kept any "
-            "more: the run's best one takes its place."
-        )
-    return network or run.headline, run.step("best" if step is None else step)
-
-
-def _evenly_spaced(source: Source, most: int | None) -> Source:
-    if most is None or most >= len(source):
-        return source
-    return loading.Subset(source, [source.ids[i * len(source) // most] for i in range(most)])
-
-
-def _fit_json(fitted: Calibration, sample: Sample) -> dict[str, float]:
-    logits = np.asarray(fitted(jnp.asarray(sample.logits)))
-    return {
-        "cross_entropy": calibration.cross_entropy(logits, sample.labels),
-        "calibration_error": calibration.calibration_error(logits, sample.labels),
-    }
-
-
-def _kept_json(
-    info: DataInfo, kept: np.ndarray, predicted: int, prior: np.ndarray
-) -> dict[str, Any]:
-    shares = kept / max(kept.sum(), 1)
-    divergence = metrics.kl_divergence(prior, kept)
-    return {
-        "kl": divergence if np.isfinite(divergence) else None,
-        "kept": float(kept.sum() / predicted),
-        "classes": dict(zip(info.classes, map(float, shares), strict=True)),
-    }
-
-
-def _show_calibration(found: Mapping[str, Any], console: logs.Console) -> None:
-    console.table(
-        f"Fitted on {found['pixels']} validation pixels, T = {found['temperature']:.3f}",
-        ("calibration", "cross entropy", "calibration error %"),
-        [
-            (name, f"{one['cross_entropy']:.4f}", f"{100 * one['calibration_error']:.2f}")
-            for name, one in found["calibrations"].items()
-        ],
-    )
-    console.table(
-        f"Pseudo-labels of {found['images']} images at a ratio of {found['ratio']:g}",
-        ("rule", "KL(labels || pseudo-labels)", "kept %"),
-        [
-            (name, "-" if one["kl"] is None else f"{one['kl']:.4f}", f"{100 * one['kept']:.1f}")
-            for name, one in found["rules"].items()
-        ],
-    )
-
-
 def _score(line: Mapping[str, Any], network: str, tail: Sequence[str]) -> dict[str, Any]:
     """One network's score of a line of metrics.jsonl; see `read_scores`."""
     start = f"val/{network}/iou/"
@@ -608,10 +297,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(text))
     return found
-
-
-def _store(run: Trained, phase: str) -> Store:
-    return Store(run.workdir / "pseudo_labels" / phase, run.info)
 
 
 def _percent(share: float | None) -> str:
@@ -636,11 +321,6 @@ def _labeling_row(summary: Mapping[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with files.whole(path) as file:
-        file.write((json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
-
-
 _INK, _RED, _BLUE, _ORANGE = "#1c1e22", "#b3261e", "#2f5d8a", "#d9913a"
 
 
@@ -656,12 +336,6 @@ def _quiet(axes: Axes) -> None:
     axes.tick_params(colors=_INK, labelsize=9)
     axes.grid(axis="y", color="0.88", linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-_NO_LABELS = (
-    "The validation images have no labeled pixel, and calibrations are fitted on these. Give them "
-    "labels."
-)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,14 @@ class Trained:
             size = tuple(self.config.crop)
             return read_network(checkpoints, number, name, self.net(name), size, everywhere)
 
+    def check_classes(self, info: DataInfo) -> None:
+        """UserError where data have other classes than those that the run learned."""
+        if info.classes != self.info.classes:
+            raise UserError(
+                f"The data have the classes {', '.join(info.classes)}, but {self.workdir} was "
+                f"trained on {', '.join(self.info.classes)}."
+            )
+
     def _known(self, network: str | None) -> str:
         name = network or self.headline
         if name not in self.networks:

@@ -212,15 +212,13 @@ class Watcher:
             are shown whole, or by windows or at half the size where evaluation does so.
         """
         self._method, self._evaluator = method, evaluator
-        self._labeled = _evenly_spaced(sources["labeled"], PRIOR_IMAGES)
-        self._source = _evenly_spaced(sources["val"], config.eval.watch)
+        self._labeled = loading.evenly_spaced(sources["labeled"], PRIOR_IMAGES)
+        self._source = loading.evenly_spaced(sources["val"], config.eval.watch)
         self._bucket = config.eval.bucket
         self._pairs = _pairs(method)
-        how = evaluator.how
-        # Mirror images and scales would show the average, and the center only a part.
-        self._how = Presentation(
-            "whole" if how.mode == "center_crop" else how.mode, how.window, how.stride
-        )
+        how = evaluator.how.uncropped
+        # Mirror images and scales would show the average.
+        self._how = Presentation(how.mode, how.window, how.stride)
         rows, everywhere = sharding.batched(evaluator.mesh), sharding.replicated(evaluator.mesh)
         self._compare = jax.jit(
             self._measure,
@@ -410,11 +408,6 @@ def _pairs(method: Method) -> dict[str, tuple[str, str]]:
     peers = tuple(teachers.values()) if len(teachers) == 2 else method.students
     pairs = {"coupling": (peers[0], peers[1])} if len(peers) == 2 else {}
     return pairs | {f"gap/{name}": (teacher, name) for name, teacher in teachers.items()}
-
-
-def _evenly_spaced(source: Source, count: int) -> loading.Subset:
-    count = min(count, len(source))
-    return loading.Subset(source, [source.ids[i * len(source) // count] for i in range(count)])
 
 
 def _share(part: float, whole: float) -> float:

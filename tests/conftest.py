@@ -22,15 +22,20 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import contextlib
 import dataclasses
+import io
+import shutil
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from jaxssl import optim
+from jaxssl import config as configs
+from jaxssl import models, optim, phases, sharding
 from jaxssl.contracts import IGNORE_LABEL, Outputs, Plan, Variables
 from jaxssl.models import layers, network
 from jaxssl.state import create
@@ -227,3 +232,36 @@ def make_state(method, nets, *, optimizer=None, size=(16, 24)):
 @pytest.fixture
 def nets():
     return {"a": Linear(), "b": Linear()}
+
+
+def dars_config(patch):
+    """DARS on streets, with a network that compiles in no time, on one device."""
+    first, make_mesh = jax.devices()[:1], sharding.make_mesh
+    patch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
+    patch.setattr(sharding, "make_mesh", lambda devices=None: make_mesh(first))
+    config = configs.default()
+    configs.use_streets(config, None)
+    with config.unlocked():
+        config.data.update(size=(16, 32), train_count=20, val_count=5)
+    config.update(crop=(16, 32), warmup=60, steps=30, distributed="off", compilation_cache="")
+    config.method = ConfigDict({"name": "dars", "ratios": (0.3, 0.5), "label_mode": "whole"})
+    config.optimizer.update(name="sgd", learning_rate=0.5)
+    config.log.update(every=2, tensorboard=False)
+    config.eval.update(every=15, batch=3, panels=0, bucket=24, unlabeled_truth=True)
+    return config
+
+
+@pytest.fixture(scope="session")
+def dars_run(tmp_path_factory):
+    """The workdir of a run of `dars_config`; to be copied."""
+    workdir = tmp_path_factory.mktemp("dars") / "w"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        assert phases.run(dars_config(patch), workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(dars_run, tmp_path, monkeypatch):
+    """A copy of `dars_run`, beside its network and its device."""
+    dars_config(monkeypatch)
+    return shutil.copytree(dars_run, tmp_path / "w")

@@ -5,7 +5,7 @@ from PIL import Image
 from jaxssl.contracts import Stream, UserError
 from jaxssl.data import cityscapes, loading
 from jaxssl.data.cityscapes import Cityscapes
-from jaxssl.data.loading import Subset
+from jaxssl.data.loading import Subset, evenly_spaced
 from jaxssl.data.pipeline import Feed, batches
 from jaxssl.data.transforms import Augment
 
@@ -94,6 +94,11 @@ def test_select_restricts(root):
     np.testing.assert_array_equal(subset[1]["image"], picture(4))
     with pytest.raises(UserError, match=r"1 of 1 image ids.*bonn"):
         Subset(Cityscapes(root, "train"), ["bonn"])
+    ids = Cityscapes(root, "train").ids
+    for most, places in ((1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (6, range(6)), (9, range(6))):
+        chosen = evenly_spaced(Cityscapes(root, "train"), most).ids
+        assert chosen == tuple(ids[i] for i in places), most
+    assert evenly_spaced(subset, 0).ids == ()
 
 
 def test_unlabeled_images_need_no_label_files(root, tmp_path_factory):

@@ -182,7 +182,10 @@ TEXTS = {
 @pytest.mark.parametrize(("text", "changes"), TEXTS.items(), ids=TEXTS.keys())
 def test_words(text, changes):
     config = configs.default().eval.to_dict() | changes
-    assert str(Presentation.of(config, (512, 1024))) == text
+    how = Presentation.of(config, (512, 1024))
+    assert str(how) == text
+    assert how.uncropped.center is None
+    assert str(how.uncropped) == text.replace("center_crop 513x513", "whole")
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,10 @@ from test_predict import logits_of, noise
 from test_trained import CLASSES, INFO, contents
 
 from jaxssl import config as configs
-from jaxssl import label as command
 from jaxssl import models, predictions
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import DataInfo, Selection
-from jaxssl.data import cityscapes, folder, loading, masks, pseudo_labels, voc
+from jaxssl.data import cityscapes, folder, loading, masks, voc
 from jaxssl.data.pseudo_labels import Store
 from jaxssl.label import class_lines, main
 from jaxssl.methods import supervised
@@ -183,8 +182,8 @@ def stop_at(monkeypatch, number):
         return writing(path)
 
     writing = predictions.whole
-    for module in (command, predictions, pseudo_labels):
-        monkeypatch.setattr(module, "whole", whole)
+    for module in ("label", "predictions", "data.pseudo_labels", "data.files"):
+        monkeypatch.setattr(f"jaxssl.{module}.whole", whole)
     return begun
 
 
@@ -286,7 +285,7 @@ def test_masks_of_other_classes_are_not_counted(saved, images, tmp_path, capsys)
     other = {**CLASSES, "classes": ["sky", "ground", "tree", "bus"]}
     (workdir / "classes.json").write_text(json.dumps(other))
     assert run(workdir, images, tmp_path / "out", "--rule=aligned:0.2") == 2
-    assert "other classes: sky, ground, tree, car" in capsys.readouterr().err
+    assert "The data have the classes sky, ground, tree, car, but" in capsys.readouterr().err
 
 
 def test_the_folder_is_one_to_train_on(saved, images, tmp_path, capsys, fake):

@@ -42,7 +42,7 @@ ALLOWED = {
         "watch",
     },
     "calibration": {"contracts", "selection"},
-    "report": {
+    "comparison": {
         "calibration",
         "contracts",
         "data",
@@ -59,6 +59,7 @@ ALLOWED = {
         "trained",
         "watch",
     },
+    "report": {"comparison", "contracts", "data", "logs", "trained"},
     "check_data": {
         "auto",
         "config",

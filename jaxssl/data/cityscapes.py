@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxssl.contracts import IGNORE_LABEL, DataInfo, Record, UserError
-from jaxssl.data.files import open_image, read_record
+from jaxssl.data.files import check_ids, read_ids, read_record
 from jaxssl.data.splits import known_ids
 
 # label id in the files, name, color; the position in this table is the train id.
@@ -151,19 +151,8 @@ def _list(root: Path, pattern: str) -> list[str]:
 
 
 def _read_label(path: Path) -> np.ndarray:
-    image = open_image(path)
-    if image.mode not in ("L", "P"):
-        raise UserError(
-            f"The label {path} has mode {image.mode}. Give a PNG with one 8-bit channel that "
-            "holds label ids, not colors."
-        )
-    label = np.asarray(image)
+    label = read_ids(path)
     if path.name.endswith("_labelIds.png"):
         return TRAIN_IDS.take(label)
-    wrong = label[(label >= INFO.num_classes) & (label != IGNORE_LABEL)]
-    if wrong.size:
-        raise UserError(
-            f"The label {path} holds the class id {wrong[0]}. Train ids are 0 to "
-            f"{INFO.num_classes - 1}, and {IGNORE_LABEL} for pixels to ignore."
-        )
+    check_ids(label, INFO.num_classes, path)
     return label

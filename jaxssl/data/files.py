@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from jaxssl.contracts import Record, UnreadableError, UserError
+from jaxssl.contracts import IGNORE_LABEL, Record, UnreadableError, UserError
 
 
 def listed(messages: Sequence[object], most: int = 10) -> str:
@@ -68,6 +69,32 @@ def read_record(
     return record
 
 
+def read_ids(path: Path) -> np.ndarray:
+    """Reads a label whose pixels are numbers, uint8 `[h,w]`.
+
+    Raises:
+      UnreadableError: the file is missing or damaged.
+      UserError: it holds colors, or more than 8 bits.
+    """
+    image = open_image(path)
+    if image.mode not in ("L", "P"):
+        raise UserError(
+            f"The label {path} has mode {image.mode}. Give a PNG with a palette or with one 8-bit "
+            "channel that holds class ids, not colors."
+        )
+    return np.asarray(image)
+
+
+def check_ids(ids: np.ndarray, num_classes: int, path: Path) -> None:
+    """UserError where the numbers of a label are none of its data set's."""
+    wrong = ids[(ids >= num_classes) & (ids != IGNORE_LABEL)]
+    if wrong.size:
+        raise UserError(
+            f"The label {path} holds the class id {wrong[0]}. Known are 0 to {num_classes - 1}, "
+            f"and {IGNORE_LABEL} for pixels to ignore."
+        )
+
+
 @contextlib.contextmanager
 def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """As `open_image`, but nothing is decoded unless the block does."""
@@ -107,3 +134,9 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(
             f"{path} cannot be written: {error}. Free space, or choose another folder."
         ) from error
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes what JSON can hold, which a number that is not finite is not, as `whole` does."""
+    with whole(path) as file:
+        file.write((json.dumps(values, indent=1, allow_nan=False) + "\n").encode())

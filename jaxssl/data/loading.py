@@ -97,6 +97,12 @@ class Subset:
         return self._source[self._positions[index]]
 
 
+def evenly_spaced(source: Source, most: int) -> Subset:
+    """At most so many images of a source, from the first one on at equal distances."""
+    count = min(most, len(source))
+    return Subset(source, [source.ids[i * len(source) // count] for i in range(count)])
+
+
 def _reader(name: str) -> ModuleType | None:
     """The module of that name, if it reads a data set: it has a function `load`."""
     modules = [module.name for module in pkgutil.iter_modules(jaxssl.data.__path__)]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from jaxssl import selection
 from jaxssl.contracts import DataInfo, Record, Selection, Source, UnreadableError, UserError
-from jaxssl.data.files import open_image, whole
+from jaxssl.data.files import open_image, whole, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Store:
 
     folder: Path
     info: DataInfo
+
+    @classmethod
+    def of(cls, workdir: Path, phase: str, info: DataInfo) -> Store:
+        """Where a run has what a phase of that name learns from."""
+        return cls(workdir / "pseudo_labels" / phase, info)
 
     @property
     def complete(self) -> bool:
@@ -97,7 +102,8 @@ class Store:
         only after it, so these could not be counted again.
         """
         values = {**chosen._asdict(), "predicted": predicted, "prior": prior}
-        self._write_json("selection.json", {name: x.tolist() for name, x in values.items()})
+        path = self.folder / "selection.json"
+        write_json(path, {name: x.tolist() for name, x in values.items()})
 
     def read_summary(self) -> dict[str, Any]:
         """What came of the labeling; UserError where that is not done."""
@@ -105,11 +111,7 @@ class Store:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Completes the folder."""
-        self._write_json("summary.json", summary)
-
-    def _write_json(self, name: str, values: dict[str, Any]) -> None:
-        with whole(self.folder / name) as file:
-            file.write((json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+        write_json(self.folder / "summary.json", summary)
 
     def _label(self, image_id: str) -> Path:
         return self.folder / "labels" / f"{image_id}.png"
@@ -133,8 +135,8 @@ class PseudoLabeled:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Record:
+        record = self._source[index]  # first: where it is damaged, it has no label either
         labels, levels = self._store.read(self.ids[index])
-        record = self._source[index]
         if labels.shape != record["image"].shape[:2]:
             raise UserError(
                 f"The image {record.get('file', record['id'])} has changed its size since it was "

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxssl.contracts import IGNORE_LABEL, DataInfo, Record, UnreadableError, UserError
-from jaxssl.data.files import open_image, read_record
+from jaxssl.contracts import DataInfo, Record, UnreadableError, UserError
+from jaxssl.data.files import check_ids, read_ids, read_record
 from jaxssl.data.splits import known_ids
 
 CLASSES = (
@@ -251,24 +251,9 @@ def _names(folder: Path, end: str) -> set[str]:
 
 
 def _read_label(path: Path) -> np.ndarray:
-    label = _read_mat(path) if path.suffix == ".mat" else _read_png(path)
-    wrong = label[(label >= INFO.num_classes) & (label != IGNORE_LABEL)]
-    if wrong.size:
-        raise UserError(
-            f"The label {path} holds the class id {wrong[0]}. VOC's are 0 to "
-            f"{INFO.num_classes - 1}, and {IGNORE_LABEL} for pixels to ignore."
-        )
+    label = _read_mat(path) if path.suffix == ".mat" else read_ids(path)
+    check_ids(label, INFO.num_classes, path)
     return label
-
-
-def _read_png(path: Path) -> np.ndarray:
-    image = open_image(path)
-    if image.mode not in ("L", "P"):
-        raise UserError(
-            f"The label {path} has mode {image.mode}. Give a PNG with a palette or with one 8-bit "
-            "channel that holds class ids, not colors."
-        )
-    return np.asarray(image)
 
 
 def _read_mat(path: Path) -> np.ndarray:
