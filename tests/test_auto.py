@@ -112,8 +112,18 @@ def test_large_images_are_evaluated_by_windows(sizes, crop, mode):
 def test_evaluation_batches_hold_a_bounded_number_of_logits():
     # 2**26 / (1024 * 1024 * 2 classes) = 32; / 150 classes: less than one image
     assert chosen("eval.batch", facts(sizes=[(1024, 1024)])) == 16
-    assert chosen("eval.batch", facts(sizes=[(1024, 2048)], classes=CLASSES * 8)) == 2
-    assert chosen("eval.batch", facts(sizes=[(1024, 1024)], classes=CLASSES * 75)) == 1
+    assert chosen("eval.batch", facts(sizes=[(1024, 2048)], classes=numbered(16))) == 2
+    assert chosen("eval.batch", facts(sizes=[(1024, 1024)], classes=numbered(150))) == 1
+
+
+def numbered(count):
+    return tuple(f"{i} class{i}" for i in range(count))
+
+
+def test_a_line_that_says_what_to_ignore_is_no_class():
+    found = facts(classes=(*numbered(3), "255 ignore"))
+    _, lines = auto.choose(configs.folder("small"), found)
+    assert any("3 classes" in line for line in lines)
 
 
 def test_what_a_user_sets_stays():
