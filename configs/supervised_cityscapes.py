@@ -23,7 +23,7 @@ from jaxssl import config as configs
 def get_config(arg: str | None = None) -> configs.Config:
     variant = configs.choose(
         arg,
-        split=("1_16", "1_8", "1_4", "1_2", "all"),
+        split=("1_30", "1_16", "1_8", "1_4", "1_2", "all"),
         backbone=("r50", "r101", "pretrained"),
         data=("streets",),
         budget=("long",),

@@ -223,7 +223,7 @@ def _eval_batch(config: Config, facts: Facts) -> tuple[int, str]:
 def _eval_every(config: Config, facts: Facts) -> tuple[int, str]:
     del facts
     steps = config.warmup + (config.steps or config.limits.steps)
-    return max(1, steps // 20), "twenty times in the run"
+    return max(1, steps // 20), "twenty times in warm-up and one phase"
 
 
 def _classes(config: Config, facts: Facts) -> tuple[tuple[str, ...], str]:

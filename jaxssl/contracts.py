@@ -234,6 +234,7 @@ class Labeling:
       shown: how images are shown to the network.
       temperature: divides the logits before the softmax whose maximum is the confidence.
       seed: of the draws among kept labels, together with the image's id.
+      confidence: whether batches hold it too; to decode it takes longer than all the rest.
     """
 
     network: Weights
@@ -241,6 +242,7 @@ class Labeling:
     shown: Presentation
     temperature: float = 1.0
     seed: int = 0
+    confidence: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +253,7 @@ class Stream:
       name: "labeled" or "unlabeled": which images.
       batch: images in the global batch.
       labels: "truth"; None, and no label file is opened; or how a network labels the images before
-        the phase, and then batches hold `label` and `confidence`.
+        the phase, and then batches hold `label` and, if it says so, `confidence`.
       part: the share of the images to use, as (begin, end) of their seeded order: difference
         maximized sampling.
       augment: settings of the host's augmentation that this stream changes, such as `{"scale":
@@ -414,8 +416,7 @@ class Method(abc.ABC):
 
     A teacher is the moving average of the student of the same name. `teacher_stats` says what its
     running statistics are: "ema" averages them like parameters, "copy" takes the student's, "own"
-      takes those that its
-    forward pass in `loss` computed.
+    takes those that its forward pass in `loss` computed.
     """
 
     @property

@@ -8,6 +8,7 @@ nothing. Several processes take an image each in turn, and add up what they coun
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxssl import metrics, selection, sweep, train, watch
-from jaxssl.contracts import IGNORE_LABEL, Selection, Source, Stream, UserError
+from jaxssl.contracts import (
+    IGNORE_LABEL,
+    Selection,
+    Source,
+    Stream,
+    UnreadableError,
+    UserError,
+)
 from jaxssl.data import loading, pipeline
 from jaxssl.data.pseudo_labels import Store
 from jaxssl.data.quarantine import Damage
@@ -35,7 +43,8 @@ def label(run: Run, index: int) -> None:
     """Labels the stream of a phase that asks for it, if one does, from wherever that was left.
 
     Raises:
-      Stopped: on a signal, between two batches; what is labeled is on disk.
+      Stopped: on a signal to a single process, between two batches of the first pass; what is
+        labeled is on disk.
       UserError: too many images cannot be read, or the disk does not take the labels.
     """
     stream, store = _stream_and_store(run, index)
@@ -118,7 +127,9 @@ def selected(
             store.write_labels(image_id, kept)
         known = np.full(kept.shape, IGNORE_LABEL, np.uint8)
         if truth is not None:
-            known = np.asarray(truth[place[image_id]].get("label", known))
+            # It only measures: what cannot be read is unknown.
+            with contextlib.suppress(UnreadableError):
+                known = np.asarray(truth[place[image_id]].get("label", known))
         rows, columns = (np.where(x == IGNORE_LABEL, C, x).astype(np.int64) for x in (known, kept))
         pairs = np.bincount((rows * (C + 1) + columns).ravel(), minlength=(C + 1) ** 2)
         return pairs.reshape(C + 1, C + 1)
@@ -195,7 +206,7 @@ def line(summary: Mapping[str, Any]) -> str:
 
 def _stream_and_store(run: Run, index: int) -> tuple[Stream | None, Store]:
     phase = run.phases[index]
-    return phase.pseudo_labeled, train.store(run.workdir, phase, run.sources["labeled"].info)
+    return phase.pseudo_labeled, Store.of(run.workdir, phase.name, run.sources["labeled"].info)
 
 
 def _label(run: Run, index: int, stream: Stream, store: Store) -> None:
@@ -203,17 +214,16 @@ def _label(run: Run, index: int, stream: Stream, store: Store) -> None:
     labeling, mine = phase.labeling, sweep.share(source)
     assert labeling is not None
     _all_here(f"{phase.name}: labeling")
-    if store.read_selection() is None:
-        _predict(run, index, stream, store, mine)
-        ids = _labeled(store, mine)
-        counts = sweep.sum_over_processes(counted(store, ids))
-        prior = watch.class_counts(run.sources["labeled"])
-        _all_here(f"{phase.name}: counted")  # nobody selects before all have counted
-        if jax.process_index() == 0:
-            store.write_selection(labeling.rule(counts, prior), counts.sum(1), prior)
-        _all_here(f"{phase.name}: selecting")
     found = store.read_selection()
-    assert found is not None
+    if found is None:
+        _predict(run, index, stream, store, mine)
+        counts = sweep.sum_over_processes(counted(store, _labeled(store, mine)))
+        prior = watch.class_counts(run.sources["labeled"])
+        found = labeling.rule(counts, prior), counts.sum(1), prior
+        _all_here(f"{phase.name}: counted")  # nobody drops a label before all have counted
+        if jax.process_index() == 0:
+            store.write_selection(*found)
+        _all_here(f"{phase.name}: selecting")
     chosen, predicted, prior = found
     pairs = selected(store, _labeled(store, mine), chosen, labeling.seed, run.sources.get("truth"))
     pairs = sweep.sum_over_processes(pairs)
@@ -249,11 +259,12 @@ def _predict(run: Run, index: int, stream: Stream, store: Store, mine: Source) -
     """The first pass, over those images of this process that have no label yet."""
     labeling = run.phases[index].labeling
     assert labeling is not None
+    evaluator, network = run.evaluator, labeling.network
+    # Before it is known who has something to do: all processes take part in reading a checkpoint.
+    variables = sweep.local(train.read_weights(run, network), evaluator.mesh)
     todo = store.missing(mine.ids)
     if not todo:
         return
-    evaluator, network = run.evaluator, labeling.network
-    variables = sweep.local(train.read_weights(run, network), evaluator.mesh)
     subset, damaged = loading.Subset(mine, todo), list[Damage]()
     read = _reader(labeling.temperature)
     noted = train.quarantine_for(run, index)

@@ -242,7 +242,8 @@ def train_all(run: Run) -> TrainState:
             labeling.label(run, i)
             state = enter(run, i, state)
         if int(state.step) < run.begin(i + 1):
-            labeling.check(run, i)
+            if int(state.step) > run.begin(i):
+                labeling.check(run, i)
             state = train.train_phase(run, i, state, frozen)
     return state
 

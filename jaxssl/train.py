@@ -20,7 +20,6 @@ from jaxssl.checkpoint import Checkpoints
 from jaxssl.config import Config
 from jaxssl.contracts import (
     Batch,
-    DataInfo,
     Labeling,
     Method,
     Network,
@@ -363,11 +362,6 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
         run.checkpoints.save(step, state, meta)
 
 
-def store(workdir: Path, phase: Phase, info: DataInfo) -> Store:
-    """Where the pseudo-labels are that a phase learns from."""
-    return Store(workdir / "pseudo_labels" / phase.name, info)
-
-
 def make_feeds(
     config: Config, phase: Phase, sources: Mapping[str, Source], mesh: Mesh, workdir: Path
 ) -> list[pipeline.Feed]:
@@ -384,7 +378,8 @@ def make_feeds(
         source = sources[stream.name]
         limit = quarantine.allowed(config.data.max_damaged, len(source))
         if isinstance(stream.labels, Labeling):
-            source = PseudoLabeled(source, store(workdir, phase, source.info))
+            labels = Store.of(workdir, phase.name, source.info)
+            source = PseudoLabeled(source, labels, confidence=stream.labels.confidence)
         feeds.append(pipeline.Feed(stream, source, augment, limit))
         sharding.check_batch(stream, config.batch.accumulate, mesh)
         pipeline.check(feeds[-1], config.seed, jax.process_count())

@@ -210,8 +210,10 @@ def read_network(
 
 
 def has_begun(workdir: Path) -> bool:
-    """Whether a run logged or saved anything in a workdir, which another one would mix with."""
-    logged = (workdir / "metrics.jsonl").exists()
+    """Whether a run logged, labeled or saved anything in a workdir, which another one would mix
+    with.
+    """
+    logged = (workdir / "metrics.jsonl").exists() or (workdir / "pseudo_labels").exists()
     return logged or any((workdir / "checkpoints").glob("[0-9]*"))
 
 

@@ -662,7 +662,7 @@ class Small:
             shape = shape[:1]
         if stream.labels:
             arrays["label"] = rng.integers(0, 3, shape, np.uint8)
-        if isinstance(stream.labels, Labeling):
+        if isinstance(stream.labels, Labeling) and stream.labels.confidence:
             arrays["confidence"] = rng.random(shape, np.float32)
         return arrays
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -198,6 +199,17 @@ def test_two_processes_label_as_one_does(program, tmp_path):
     for mine, theirs in zip(lines(one), lines(two), strict=True):
         if "train/loss" in mine:
             assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-2)
+
+    # As if killed near the end of labeling: the second process lacks one, the first none.
+    before, labeled = lines(two), stores[1].read(ids[1])
+    for name in ("summary.json", "selection.json", f"labels/{ids[1]}.png"):
+        (stores[1].folder / name).unlink()
+    for path in (two / "checkpoints").iterdir():
+        if int(path.name) > DARS["warmup"]:
+            shutil.rmtree(path)
+    finish(*pair(program, two, method="dars", **DARS))
+    assert lines(two) == before
+    np.testing.assert_array_equal(stores[1].read(ids[1]), labeled)
 
 
 ALONE = """

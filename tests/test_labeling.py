@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import conftest
 import jax
@@ -343,6 +344,31 @@ def test_what_a_run_says_of_its_labels(config, whole):
     opened = phases.trained.open_trained(workdir)
     assert f"Network {opened.headline}" in done
     assert opened.variables().params["head"]["bias"].shape == (19,)
+
+
+def test_labels_of_another_config_are_not_taken_over(config, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "checkpoints")
+    (tmp_path / "w" / "metrics.jsonl").unlink()
+    config.method.ratios = (0.8, 1.0)
+    with pytest.raises(UserError, match=r"method\.ratios: \[0\.4, 1\.0\] -> \[0\.8, 1\.0\]"):
+        phases.run(config, tmp_path / "w")
+
+
+def test_truth_that_cannot_be_read_is_unknown(filled):
+    store, arrays, truth = filled
+
+    class Broken(Truth):
+        def __getitem__(self, index):
+            if self.ids[index] == "a":
+                raise UnreadableError("a is broken.")
+            return super().__getitem__(index)
+
+    everything = Selection(np.zeros(3, np.int64), np.ones(3))
+    pairs = labeling.selected(store, arrays, everything, 0, Broken(truth))
+    known = sum((label != 255).sum() for name, label in truth.items() if name != "a")
+    assert pairs[:-1].sum() == known
+    assert pairs.sum() == sum(label.size for label in truth.values())
 
 
 def test_truth_is_not_opened_unless_asked_for(config, tmp_path, monkeypatch):

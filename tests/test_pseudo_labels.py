@@ -106,6 +106,10 @@ def test_records_have_label_and_confidence(store, arrays):
     assert record["confidence"].dtype == np.float32
     expected = 1 - 2.0 ** (-levels.astype(np.float64) / 2048)
     np.testing.assert_allclose(record["confidence"], expected, atol=1e-7)
+    (store.folder / "confidence" / "two.png").unlink()
+    alone = PseudoLabeled(Images(), store, confidence=False)[1]
+    np.testing.assert_array_equal(alone["label"], labels)
+    assert "confidence" not in alone
 
 
 def test_what_is_wrong_is_told(store, arrays):
@@ -122,7 +126,9 @@ def test_what_is_wrong_is_told(store, arrays):
     with pytest.raises(UnreadableError, match=r"confidence/two\.png"):
         store.read("two")
     Image.new("L", (6, 4)).save(path)
-    with pytest.raises(UnreadableError, match="not as they were"):
+    with pytest.raises(
+        UnreadableError, match=r"two\.png is not as it was written: it has mode L"
+    ):
         store.read("two")
     (store.folder / "selection.json").write_text("{")
     with pytest.raises(UserError, match=r"selection\.json cannot be read"):

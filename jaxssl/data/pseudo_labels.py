@@ -76,15 +76,29 @@ class Store:
         Raises:
           UnreadableError: the image has no label, or a file of it is damaged.
         """
-        labels = open_image(self._label(image_id))
-        levels = open_image(self._confidence(image_id))
-        if labels.mode != "P" or not levels.mode.startswith("I") or labels.size != levels.size:
-            raise UnreadableError(
-                f"{self._label(image_id)} and {self._confidence(image_id)} are not as they were "
-                "written. Delete the folder above them, and the same command labels again if it is "
-                "before training on them."
-            )
-        return np.asarray(labels), np.asarray(levels).astype(np.uint16)
+        labels, levels = self.read_labels(image_id), self._open(self._confidence(image_id), "I")
+        if labels.shape != levels.shape:
+            raise self._damaged(self._confidence(image_id), "its label has another size")
+        return labels, levels.astype(np.uint16)
+
+    def read_labels(self, image_id: str) -> np.ndarray:
+        """The label alone, which takes a tenth of the time; otherwise as `read`."""
+        return self._open(self._label(image_id), "P")
+
+    def _open(self, path: Path, mode: str) -> np.ndarray:
+        try:
+            image = open_image(path)
+        except UnreadableError as error:
+            raise self._damaged(path, str(error.__cause__ or error)) from None
+        if not image.mode.startswith(mode):
+            raise self._damaged(path, f"it has mode {image.mode}")
+        return np.asarray(image)
+
+    def _damaged(self, path: Path, reason: str) -> UnreadableError:
+        return UnreadableError(
+            f"{path} is not as it was written: {reason}. As long as no training on it has begun, "
+            f"delete {self.folder}, and the same command labels again."
+        )
 
     def read_selection(self) -> tuple[Selection, np.ndarray, np.ndarray] | None:
         """What `write_selection` wrote; None before."""
@@ -123,26 +137,31 @@ class Store:
 class PseudoLabeled:
     """The images of a source with the labels of a store, and their confidence.
 
-    A record has `label` uint8 `[h,w]` and `confidence` float32 `[h,w]` in [0,1]. An image without
-    a label is an UnreadableError.
+    A record has `label` uint8 `[h,w]` and, if asked for, `confidence` float32 `[h,w]` in [0,1]. An
+    image without a label is an UnreadableError.
     """
 
-    def __init__(self, source: Source, store: Store):
+    def __init__(self, source: Source, store: Store, *, confidence: bool = True):
         self.info, self.ids = source.info, source.ids
-        self._source, self._store = source, store
+        self._source, self._store, self._confidence = source, store, confidence
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Record:
         record = self._source[index]  # first: where it is damaged, it has no label either
-        labels, levels = self._store.read(self.ids[index])
+        image_id = self.ids[index]
+        if self._confidence:
+            labels, levels = self._store.read(image_id)
+            record["confidence"] = selection.confidence(levels)
+        else:
+            labels = self._store.read_labels(image_id)
         if labels.shape != record["image"].shape[:2]:
             raise UserError(
                 f"The image {record.get('file', record['id'])} has changed its size since it was "
                 f"labeled in {self._store.folder}. Restore it, or start in another --workdir."
             )
-        record["label"], record["confidence"] = labels, selection.confidence(levels)
+        record["label"] = labels
         return record
 
 

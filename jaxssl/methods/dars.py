@@ -10,6 +10,7 @@ released code differs from the paper, a field says so.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -93,8 +94,9 @@ class Method(contracts.Method):
                 f"method.beta_min={self.beta_min} or method.beta_max={self.beta_max} narrows the "
                 "scale or turns it around. Give numbers from 0 to below 1, and from 0 on."
             )
-        if not self.temperature > 0:
-            raise UserError(f"method.temperature={self.temperature} is not above 0.")
+        for field in ("temperature", "label_scale"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise UserError(f"method.{field}={getattr(self, field)} is no number above 0.")
 
     @property
     def students(self) -> tuple[str, ...]:
@@ -172,6 +174,7 @@ class Method(contracts.Method):
             self._shown(plan),
             temperature=self.temperature,
             seed=plan.seed + number,
+            confidence=False,
         )
         augment = {"scale": widened(plan.scale, *betas)}
         return Phase(

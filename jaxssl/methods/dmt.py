@@ -2,7 +2,7 @@
 Learning, Pattern Recognition 2022). Two networks take turns: one labels the unlabeled images, the
 other learns from these files and trusts each label as far as it agrees.
 
-Self-training with one network (CBST, DST, online) are settings of it: the rows of Table 7.
+Self-training with one network (CBST, DST, online) is a setting of it: the rows of Table 7.
 """
 
 from __future__ import annotations
@@ -98,6 +98,12 @@ class Method(contracts.Method):
         super().__post_init__()
         if not 0.5 < self.alpha < 1:
             raise UserError(f"method.alpha={self.alpha} is not between 0.5 and 1.")
+        if not 0 <= self.threshold < 1:
+            raise UserError(f"method.threshold={self.threshold} is not from 0 to below 1.")
+        if min(self.gamma_1, self.gamma_2) < 0:
+            raise UserError("method.gamma_1 and method.gamma_2 may not be below 0.")
+        if not 0 < self.label_scale < math.inf:
+            raise UserError(f"method.label_scale={self.label_scale} is no number above 0.")
 
     @property
     def students(self) -> tuple[str, ...]:

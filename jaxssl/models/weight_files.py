@@ -115,13 +115,22 @@ def _read_zip(path: Path, advice: str) -> dict[str, np.ndarray]:
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]
+        if "TorchScript" in str(error):
+            raise UserError(f"{path} holds a program (TorchScript): {SAVE}") from None
         raise UnreadableError(f"{path} is damaged ({reason}). {advice}") from None
     tensors = pth.flatten(tree, torch.Tensor)
-    return {
-        # NumPy has no bfloat16.
-        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
-        for name, tensor in tensors.items()
-    }
+    arrays = {}
+    for name, tensor in tensors.items():
+        try:
+            # NumPy has no bfloat16.
+            wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            arrays[name] = wide.detach().numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, quantized, without data
+            raise UserError(
+                f"{path} holds {name!r} in a form that is no plain array ({error}). Save a plain "
+                f"state dict: {SAVE}"
+            ) from None
+    return arrays
 
 
 def describe(names: Collection[str], most: int = 4) -> str:
