@@ -126,9 +126,7 @@ def test_what_is_wrong_is_told(store, arrays):
     with pytest.raises(UnreadableError, match=r"confidence/two\.png"):
         store.read("two")
     Image.new("L", (6, 4)).save(path)
-    with pytest.raises(
-        UnreadableError, match=r"two\.png is not as it was written: it has mode L"
-    ):
+    with pytest.raises(UnreadableError, match=r"two\.png is not as it was written: it has mode L"):
         store.read("two")
     (store.folder / "selection.json").write_text("{")
     with pytest.raises(UserError, match=r"selection\.json cannot be read"):
