@@ -191,7 +191,12 @@ def test_rounds_label_more_and_see_a_wider_range_of_scales():
         ratio, (labeled, unlabeled) = (0.2, 0.5)[number - 1], phase.streams
         assert labeled.labels == "truth"
         assert unlabeled.labels == Labeling(
-            Weights(before, "a", "last"), selection.Aligned(ratio), windows, 1.27, 5 + number
+            Weights(before, "a", "last"),
+            selection.Aligned(ratio),
+            windows,
+            temperature=1.27,
+            seed=5 + number,
+            confidence=False,
         )
         for stream in phase.streams:
             assert set(stream.augment) == {"scale"}
@@ -288,7 +293,7 @@ def test_precision_says_which_confidences_are_alike(precision, kept):
         ({"ratios": (0.2,)}, "differ in length. Give a number for each round"),
         ({"beta_min": (0.0, 1.0)}, "narrows the scale or turns it around"),
         ({"beta_max": (0.0, -0.5)}, "narrows the scale or turns it around"),
-        ({"temperature": 0.0}, "method.temperature=0.0 is not above 0"),
+        ({"temperature": 0.0}, "method.temperature=0.0 is no number above 0"),
     ],
 )
 def test_wrong_fields_are_refused(fields, words):
