@@ -203,7 +203,8 @@ def test_stages_and_logits_equal_pytorch(twins, output_stride, size):
     stages, logits = stages_and_logits(net, variables, image)
     assert expected[-1].std() > 0.5
     for mine, theirs in zip(stages, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=1e-4)
+        # Sums round by their terms, which are as large as a stage's largest values.
+        np.testing.assert_allclose(mine, theirs, atol=1e-4 * float(abs(theirs).max()), rtol=0)
     np.testing.assert_allclose(logits, expected_logits, atol=1e-4, rtol=1e-4)
 
 

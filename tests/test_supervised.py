@@ -101,7 +101,7 @@ def test_warm_up_only_makes_training_longer():
 
 def test_methods_are_found_by_name():
     assert methods.load({"name": "mkd", "alpha": 2.0}) == mkd.Method(alpha=2.0)
-    with pytest.raises(UserError, match=r"'mkt'.*cps, mkd, supervised"):
+    with pytest.raises(UserError, match=r"'mkt'.*cps, dars, dmt, mkd, supervised"):
         methods.load({"name": "mkt"})
     with pytest.raises(UserError, match=r"'mkd' has no field 'alfa'.*alpha"):
         methods.load({"name": "mkd", "alfa": 2.0})
