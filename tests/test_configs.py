@@ -426,7 +426,8 @@ def test_streets_of_dmt(arg):
     """Networks, data and the updates of a network are those of the other methods."""
     config, other = get_config("dmt_cityscapes", arg), get_config("supervised_cityscapes", arg)
     rounds = len(config.method.ratios)
-    assert config.warmup + rounds * config.steps == other.warmup + other.steps
+    updates, most = config.warmup + rounds * config.steps, other.warmup + other.steps
+    assert updates == most if "long" in arg else updates < most  # twelve phases take their time
     assert config.method.supervised_rate == other.optimizer.learning_rate
     other.update(warmup=config.warmup, steps=config.steps)
     other.optimizer.learning_rate /= 2
