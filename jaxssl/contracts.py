@@ -234,7 +234,7 @@ class Labeling:
       shown: how images are shown to the network.
       temperature: divides the logits before the softmax whose maximum is the confidence.
       seed: of the draws among kept labels, together with the image's id.
-      confidence: whether batches hold it too; to decode it takes longer than all the rest.
+      confidence: whether batches hold it too; a method that ignores it saves decoding it.
     """
 
     network: Weights

@@ -77,7 +77,7 @@ class Presentation:
           crop: (height, width) of training images.
         """
         window = tuple(config["window"] or crop)
-        stride = tuple(config["stride"] or (-(-2 * side // 3) for side in window))
+        stride = tuple(config["stride"] or two_thirds(window))
         return cls(config["mode"], window, stride, config["flip"], tuple(config["scales"]))
 
     @property
@@ -102,6 +102,11 @@ class Presentation:
         words += ", flip" if self.flip else ""
         shown = " ".join(f"{scale:g}" for scale in self.scales)
         return words if self.scales == (1.0,) else f"{words}, scales {shown}"
+
+
+def two_thirds(window: Sequence[int]) -> tuple[int, ...]:
+    """The step between windows that overlap by a third, rounded up."""
+    return tuple(-(-2 * side // 3) for side in window)
 
 
 WHOLE = Presentation()

@@ -54,7 +54,7 @@ class Store:
     def write(self, image_id: str, labels: np.ndarray, levels: np.ndarray) -> None:
         """Writes the label of an image, uint8 `[h,w]`, and its levels of confidence, likewise."""
         with whole(self._confidence(image_id)) as file:
-            # A better compression would take most of the time and save a tenth of the space.
+            # Confidences hardly compress: more effort would cost time for little.
             Image.fromarray(levels.astype(np.uint16)).save(file, "PNG", compress_level=1)
         self.write_labels(image_id, labels)
 
@@ -82,7 +82,7 @@ class Store:
         return labels, levels.astype(np.uint16)
 
     def read_labels(self, image_id: str) -> np.ndarray:
-        """The label alone, which takes a tenth of the time; otherwise as `read`."""
+        """The label alone, without decoding confidences; otherwise as `read`."""
         return self._open(self._label(image_id), "P")
 
     def _open(self, path: Path, mode: str) -> np.ndarray:

@@ -34,7 +34,7 @@ from jaxssl.contracts import (
     Variables,
     Weights,
 )
-from jaxssl.inference import Presentation
+from jaxssl.inference import Presentation, two_thirds
 from jaxssl.methods import supervised
 from jaxssl.selection import Aligned, TopShare
 from jaxssl.state import TrainState
@@ -194,8 +194,7 @@ class Method(contracts.Method):
         scales = (self.label_scale,)
         if self.label_mode == "whole" or plan.crop is None:
             return Presentation(scales=scales)
-        stride = tuple(-(-2 * side // 3) for side in plan.crop)
-        return Presentation("slide", plan.crop, stride, flip=True, scales=scales)
+        return Presentation("slide", plan.crop, two_thirds(plan.crop), flip=True, scales=scales)
 
     def _cross_entropy(
         self,

@@ -32,7 +32,7 @@ from jaxssl.contracts import (
     Variables,
     Weights,
 )
-from jaxssl.inference import Presentation
+from jaxssl.inference import Presentation, two_thirds
 from jaxssl.methods import supervised
 from jaxssl.selection import TopShare
 from jaxssl.state import TrainState
@@ -241,8 +241,7 @@ class Method(contracts.Method):
         scales = (self.label_scale,)
         if self.label_at == "full" or plan.crop is None:
             return Presentation(flip=self.label_flip, scales=scales)
-        stride = tuple(-(-2 * side // 3) for side in plan.crop)
-        return Presentation("slide", plan.crop, stride, self.label_flip, scales)
+        return Presentation("slide", plan.crop, two_thirds(plan.crop), self.label_flip, scales)
 
     def _heads(self, net: Network, outputs: Outputs, size: tuple[int, ...]) -> list[Head]:
         """What the loss is taken of, at the size of the labels; `()` for one label an image."""
