@@ -393,6 +393,13 @@ class Plan:
             raise UserError("The config has neither steps nor epochs. Set one: --config.steps=N.")
         return max(1, round(self.epochs * self.sizes[stream] / self.batch[stream]))
 
+    def joint_batch(self, images: int) -> int:
+        """As many images as all streams have in a batch, halved until `images` suffice for one."""
+        batch = sum(self.batch.values())
+        while batch > max(1, images):
+            batch //= 2
+        return batch
+
 
 class Aux(NamedTuple):
     """What `Method.loss` returns beside the loss.

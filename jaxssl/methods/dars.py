@@ -155,11 +155,9 @@ class Method(contracts.Method):
         """As many labeled images as a round has unlabeled ones, unless the plan says how many
         updates.
 
-        An update takes as many images as a round's in all, halved until there are so many.
+        An update takes as many images as a round's in all, or what there is of them.
         """
-        batch = sum(plan.batch.values())
-        while batch > max(1, plan.sizes["labeled"]):
-            batch //= 2
+        batch = plan.joint_batch(plan.sizes["labeled"])
         images = plan.main_steps("unlabeled") * plan.batch["unlabeled"]
         steps = plan.warmup or max(1, round(images / batch))
         return Phase("supervised", steps, self.students, (Stream("labeled", batch),))

@@ -190,14 +190,13 @@ class Method(contracts.Method):
         return loss_labeled + loss_pseudo, Aux({name: stats}, {}, state.extra, metrics)
 
     def _supervised(self, plan: Plan, name: str) -> Phase:
-        """On as many images an update as a round has in all, halved until there are so many."""
+        """On as many images an update as a round has in all, or what there is of them."""
         part = (0.0, 1.0)
         if self.start == "sampling" and len(self.students) == 2:
             part = difference_maximized_parts(self.alpha)[self.students.index(name)]
         labeled, unlabeled = plan.sizes["labeled"], plan.sizes["unlabeled"]
-        images, batch = (part[1] - part[0]) * labeled, sum(plan.batch.values())
-        while batch > max(1, round(images)):
-            batch //= 2
+        images = (part[1] - part[0]) * labeled
+        batch = plan.joint_batch(round(images))
         epochs = supervised_epochs(self.oracle_epochs, labeled, labeled + unlabeled)
         return Phase(
             f"supervised_{name}",
