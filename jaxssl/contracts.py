@@ -500,6 +500,32 @@ class Method(abc.ABC):
           progress: steps of the phase behind it / steps of the phase, traced, in [0,1).
         """
 
+    def reduce_extra(
+        self, before: Mapping[str, Any], after: Mapping[str, Any], axis_name: str
+    ) -> Mapping[str, Any]:
+        """One `extra` of those that devices made from their parts of the batch, inside `jax.pmap`.
+
+        By default the mean of floats, and of integers the largest, so that a count of steps stays
+        one. Where neither means anything, as for a memory bank, a method says what does.
+
+        Args:
+          before: `extra` as all devices had it before the step.
+          after: as this device's `loss` left it.
+          axis_name: of the devices.
+
+        Returns:
+          The same on every device, with shapes and dtypes of `after`.
+        """
+        import jax  # not with the module: the pipeline's workers import that
+
+        del before
+
+        def reduced(x: jax.Array) -> jax.Array:
+            floating = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+            return (jax.lax.pmean if floating else jax.lax.pmax)(x, axis_name)
+
+        return jax.tree.map(reduced, dict(after))
+
     def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
         """What the method would teach from these logits: uint8 `[...]`, 255 where it teaches
         nothing.

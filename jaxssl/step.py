@@ -98,7 +98,8 @@ def make_train_step(
         trained = {name: state.params[name] for name in phase.train}
         (loss, aux), grads = run(trained, state, frozen, batch, key, done / clock.steps)
         if axis_name is not None:
-            loss, aux, grads = _reduce(loss, aux, grads, axis_name)
+            extra = method.reduce_extra(state.extra, aux.extra, axis_name)
+            loss, aux, grads = _reduce(loss, aux._replace(extra=extra), grads, axis_name)
 
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -196,11 +197,11 @@ def _accumulated(gradient: Callable[..., Any], accumulate: int) -> Callable[...,
 
 def _reduce(loss: jax.Array, aux: Aux, grads: Any, axis_name: str) -> tuple[jax.Array, Aux, Any]:
     def mean(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name).astype(x.dtype), tree)
+        return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name), tree)
 
     metrics = jax.lax.psum(aux.metrics, axis_name)
     return (
         mean(loss),
-        Aux(mean(aux.stats), mean(aux.teacher_stats), mean(aux.extra), metrics),
+        aux._replace(stats=mean(aux.stats), teacher_stats=mean(aux.teacher_stats), metrics=metrics),
         mean(grads),
     )
