@@ -202,6 +202,35 @@ def strong(
     return _per_image_branching(_strong, key, image, valid, choice)
 
 
+def rand_augment(
+    key: jax.Array,
+    image: jax.Array,
+    *,
+    valid: jax.Array | None = None,
+    operations: int = 2,
+) -> jax.Array:
+    """Change each image by operations drawn at random, one after another: the students' views of
+    RML.
+
+    The photometric ones of RandAugment (Cubuk et al., arXiv:1909.13719), each as likely and with
+    replacement: brightness, contrast, saturation, sharpness, autocontrast, equalize, posterize,
+    solarize. Instead of one strength for all, each time a strength is drawn from what RandAugment's
+    levels span: factors from U(.1, 1.9), the threshold of solarize from U(0, 256), and 4 to 8 bits
+    for posterize, as torchvision has it, because the original's 0 to 4 leave next to nothing.
+
+    Args:
+      key: randomness.
+      image: `[B,H,W,3]` in [0,255].
+      valid: bool `[B,H,W]`, False in padding; None where there is none.
+      operations: how many for each image.
+
+    Returns:
+      float32 `[B,H,W,3]` in [0,255] (float64 with `jax_enable_x64`).
+    """
+    change = functools.partial(_rand_augment, operations=operations)
+    return _per_image_branching(change, key, image, valid)
+
+
 def choose(key: jax.Array, batch: int, weights: Sequence[float]) -> jax.Array:
     """Draw from 0, 1, ... with probabilities proportional to `weights`; int32 `[batch]`."""
     share = np.array(weights, np.float32) / np.float32(sum(weights))
@@ -318,6 +347,30 @@ def _strong(
         lambda: grayscale(image),
     )
     return jax.lax.switch(choice, operations)
+
+
+def _rand_augment(
+    key: jax.Array, image: jax.Array, valid: jax.Array | None, *, operations: int
+) -> jax.Array:
+    branches = (
+        lambda strength, image: brightness(image, 0.1 + 1.8 * strength),
+        lambda strength, image: contrast(image, 0.1 + 1.8 * strength, valid=valid),
+        lambda strength, image: saturation(image, 0.1 + 1.8 * strength),
+        lambda strength, image: sharpness(image, 0.1 + 1.8 * strength, valid=valid),
+        lambda _, image: autocontrast(image, valid=valid),
+        lambda _, image: equalize(image, valid=valid),
+        lambda strength, image: posterize(image, 4 + (5 * strength).astype(jnp.int32)),
+        lambda strength, image: solarize(image, 256 * strength),
+    )
+    choice_key, strength_key = jax.random.split(key)
+    choices = jax.random.randint(choice_key, (operations,), 0, len(branches), jnp.int32)
+    strengths = jax.random.uniform(strength_key, (operations,), jnp.float32)
+
+    def change(k: jax.Array, image: jax.Array) -> jax.Array:
+        return jax.lax.switch(choices[k], branches, strengths[k], image)
+
+    # A loop, not one switch after another: half the program to compile.
+    return jax.lax.fori_loop(0, operations, change, _as_float(image))
 
 
 def _as_float(image: jax.Array) -> jax.Array:

@@ -42,7 +42,12 @@ VALID[:, 15:] = VALID[:, :, :9] = False  # as in a flipped crop
 BATCH[~VALID] = 0
 CROPS = BATCH[:, :15, 9:]
 RANDOM = pytest.mark.parametrize(  # the strong view includes color jitter and blur
-    "change", [jax.jit(views.strong), jax.jit(views.photometric_distortion)], ids=["strong", "weak"]
+    "change",
+    [jax.jit(views.strong), jax.jit(views.photometric_distortion), jax.jit(views.rand_augment)],
+    ids=["strong", "weak", "rand_augment"],
+)
+BRANCHING = pytest.mark.parametrize(
+    "change", [views.strong, views.rand_augment], ids=["strong", "rand_augment"]
 )
 
 
@@ -332,36 +337,117 @@ def test_strong_applies_one_operation():
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees, p = .001
 
 
-def test_padding_does_not_count_in_strong_views():
-    """Blur excepted, which has a test of its own."""
-    change = jax.jit(functools.partial(views.strong, weights=(4, 0, 2, 1, 1)))
+PILLOW = {  # what RandAugment's operations make of an image at each of some strengths
+    "posterize": ImageOps.posterize,  # first, because 8 bits are what others only rarely leave
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+    "sharpness": ImageEnhance.Sharpness,
+    "solarize": ImageOps.solarize,
+    "autocontrast": lambda image, _: ImageOps.autocontrast(image),
+    "equalize": lambda image, _: ImageOps.equalize(image),
+}
+FACTORS = ["brightness", "contrast", "saturation", "sharpness"]
+
+
+def strengths_of(name):
+    """All that may be drawn, factors in steps that change no value by more than one."""
+    if name in FACTORS:
+        return np.linspace(0, 2, 501)
+    return {"posterize": np.arange(1, 9), "solarize": np.arange(257)}.get(name, np.zeros(1))
+
+
+@pytest.fixture(scope="module")
+def rand_augmented():
+    """By operation, the strengths at which Pillow's image is nearest to one of 4000; and how far
+    from it the images are, in levels.
+    """
+    pixels, made, drawn = np.maximum(PHOTO, 8), [], []  # so that autocontrast has to stretch
+    image = Image.fromarray(pixels)
+    for name, change in PILLOW.items():
+        for strength in strengths_of(name):
+            with_factor = name in FACTORS
+            one = change(image).enhance(strength) if with_factor else change(image, int(strength))
+            made.append(np.asarray(one, np.int16)[::3, ::4].reshape(-1))
+            drawn.append((name, strength))
+    augment = jax.jit(functools.partial(views.rand_augment, operations=1))
+    results = augment(jax.random.key(16), np.repeat(pixels[None], 4000, axis=0))[:, ::3, ::4]
+    made, results = np.stack(made), truncated(results).reshape(4000, -1).astype(np.int16)
+    distance = [abs(made - result).max(1) for result in results]
+    nearest = [drawn[row.argmin()] for row in distance]
+    found = {name: np.array([x for n, x in nearest if n == name]) for name in PILLOW}
+    return found, np.min(distance, axis=1)
+
+
+def test_rand_augment_makes_what_pillow_makes(rand_augmented):
+    found, distance = rand_augmented
+    assert distance.max() <= 2
+    counts = np.array([len(strengths) for strengths in found.values()])
+    assert ((counts - 500) ** 2 / 500).sum() < 24.3  # chi-square, 7 degrees, p = .001
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "tolerance"),
+    [*((name, 0.1, 1.9, 0.1) for name in FACTORS), ("solarize", 0, 256, 16)],
+)
+def test_rand_augment_draws_strengths_from_the_whole_range(
+    rand_augmented, name, low, high, tolerance
+):
+    quantiles = np.quantile(rand_augmented[0][name], np.linspace(0, 1, 5))
+    np.testing.assert_allclose(quantiles, np.linspace(low, high, 5), atol=tolerance)
+
+
+def test_rand_augment_keeps_four_bits_or_more(rand_augmented):
+    bits, counts = np.unique(rand_augmented[0]["posterize"], return_counts=True)
+    np.testing.assert_array_equal(bits, [4, 5, 6, 7, 8])
+    assert abs(counts / counts.sum() - 0.2).max() < 0.08
+
+
+@pytest.mark.parametrize("operations", [1, 3, 8])
+def test_rand_augment_draws_with_replacement(operations):
+    """Of the eight, only brightness leads to a gray that is not one of a few."""
+    augment = jax.jit(functools.partial(views.rand_augment, operations=operations))
+    grays = np.asarray(augment(jax.random.key(17), np.full((4000, 1, 1, 3), 128, np.uint8)))
+    share = 1 - np.isin(grays[:, 0, 0, 0], [128, 127, 126, 124, 120, 112]).mean()
+    assert abs(share - (1 - (7 / 8) ** operations)) < 0.04
+
+
+@pytest.mark.parametrize(
+    "change",
+    [functools.partial(views.strong, weights=(4, 0, 2, 1, 1)), views.rand_augment],
+    ids=["strong without blur, which has a test of its own", "rand_augment"],
+)
+def test_padding_does_not_count_in_random_views(change):
+    change = jax.jit(change)
     result = change(jax.random.key(13), BATCH, valid=VALID)[:, :15, 9:]
     np.testing.assert_allclose(result, change(jax.random.key(13), CROPS), atol=1e-2)
 
 
-def test_strong_takes_the_same_branches_in_a_loop_and_together():
+@BRANCHING
+def test_the_same_branches_are_taken_in_a_loop_and_together(change):
     """A CPU changes images one by one; under vmap they go together, as on other devices."""
     keys = jax.random.split(jax.random.key(14), 8)
     images = [*zip(keys, BATCH[:, None], VALID[:, None], strict=True)]
-    change = jax.jit(lambda key, image, valid: views.strong(key, image, valid=valid))
-    expected = np.stack([change(*given) for given in images])
-    result = jax.vmap(change)(keys, BATCH[:, None], VALID[:, None])
+    jitted = jax.jit(lambda key, image, valid: change(key, image, valid=valid))
+    expected = np.stack([jitted(*given) for given in images])
+    result = jax.vmap(jitted)(keys, BATCH[:, None], VALID[:, None])
     np.testing.assert_allclose(result, expected, atol=1e-2)
 
 
-def test_strong_is_the_same_on_other_devices(monkeypatch):
+@BRANCHING
+def test_branching_is_the_same_on_other_devices(change, monkeypatch):
     """They take the branch of `platform_dependent` that a CPU does not, and split the images."""
 
-    def change(image, valid):
-        return views.strong(jax.random.key(15), image, valid=valid)
+    def changed(image, valid):
+        return change(jax.random.key(15), image, valid=valid)
 
     def other(*rows, cpu, default):
         return default(*rows)
 
-    expected = jax.jit(change)(BATCH, VALID)
+    expected = jax.jit(changed)(BATCH, VALID)
     monkeypatch.setattr(jax.lax, "platform_dependent", other)
     split = jax.device_put((BATCH, VALID), batched(make_mesh()))
-    together = jax.jit(lambda *rows: change(*rows))  # anew: jax keeps what it traced
+    together = jax.jit(lambda *rows: changed(*rows))  # anew: jax keeps what it traced
     np.testing.assert_allclose(together(*split), expected, atol=1e-2)
 
 
