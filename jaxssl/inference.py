@@ -140,14 +140,26 @@ def halve(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     Args:
       batch: `image` `[B,H,W,3]`, `valid` and `label` `[B,H,W]`; the rest stays.
     """
-    height, width = _scaled(batch["image"].shape[1:3], 0.5)
-    image, valid = _resized(batch["image"], batch["valid"], (height, width))
+    image, valid = rescaled(batch["image"], batch["valid"], 0.5)
     rows, columns = (
         (2 * np.arange(new) + 1) * old // (2 * new)
-        for old, new in zip(batch["label"].shape[1:], (height, width), strict=True)
+        for old, new in zip(batch["label"].shape[1:], image.shape[1:3], strict=True)
     )
     label = batch["label"][:, rows][:, :, columns]
     return {**batch, "image": image, "valid": valid, "label": label}
+
+
+def rescaled(image: jax.Array, valid: jax.Array, factor: float) -> tuple[jax.Array, jax.Array]:
+    """Images `[B,H,W,3]` and `valid` `[B,H,W]` at `factor` of their size; no color of the padding
+    gets into the image.
+    """
+    size = _scaled(image.shape[1:3], factor)
+    if image.shape[1:3] == size:
+        return image, valid
+    weight = valid[..., None].astype(jnp.float32)
+    share = _bilinear(weight, size)
+    colors = _bilinear(image * weight, size) / jnp.maximum(share, 1e-6)
+    return colors, share[..., 0] >= 0.5
 
 
 def _forward(net: Network, variables: Variables, image: jax.Array, valid: jax.Array) -> jax.Array:
@@ -197,24 +209,11 @@ def _over_scales(predict: Predict, scales: Sequence[float]) -> Predict:
     def mean(variables: Variables, image: jax.Array, valid: jax.Array) -> jax.Array:
         size = image.shape[1:3]
         logits = (
-            _bilinear(predict(variables, *_resized(image, valid, _scaled(size, scale))), size)
-            for scale in scales
+            _bilinear(predict(variables, *rescaled(image, valid, scale)), size) for scale in scales
         )
         return functools.reduce(jnp.add, logits) / len(scales)
 
     return mean
-
-
-def _resized(
-    image: jax.Array, valid: jax.Array, size: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
-    """Both at another size; no color of the padding gets into the image."""
-    if image.shape[1:3] == size:
-        return image, valid
-    weight = valid[..., None].astype(jnp.float32)
-    share = _bilinear(weight, size)
-    colors = _bilinear(image * weight, size) / jnp.maximum(share, 1e-6)
-    return colors, share[..., 0] >= 0.5
 
 
 def _bilinear(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
