@@ -29,8 +29,55 @@ def cross_entropy(
     """
     valid = labels != ignore_label
     terms = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), jnp.where(valid, labels, 0)
+        _at_least_float32(logits), jnp.where(valid, labels, 0)
     )
     if weights is not None:
         terms = weights * terms
+    return _mean(terms, valid)
+
+
+def squared_distance(
+    logits: jax.Array, target: jax.Array, *, valid: jax.Array | None = None
+) -> jax.Array:
+    """Mean of ||softmax(logits) - softmax(target)||^2, the sum over the classes.
+
+    Args:
+      logits: float `[...,C]`.
+      target: logits, likewise; no gradient flows.
+      valid: bool `[...]`, False where a position does not count.
+
+    Returns:
+      Scalar in [0,2], of the precision of `cross_entropy`; 0 where no position counts.
+    """
+    p, q = (jax.nn.softmax(x) for x in _compared(logits, target, valid))
+    return _mean(jnp.square(p - q).sum(-1), valid)
+
+
+def kl_divergence(
+    logits: jax.Array, target: jax.Array, *, valid: jax.Array | None = None
+) -> jax.Array:
+    """Mean of KL(softmax(target) || softmax(logits)), in nats.
+
+    Args and result are those of `squared_distance`, but for the range: from 0 on.
+    """
+    p, q = (jax.nn.log_softmax(x) for x in _compared(logits, target, valid))
+    return _mean((jnp.exp(q) * (q - p)).sum(-1), valid)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _compared(logits: jax.Array, target: jax.Array, valid: jax.Array | None) -> list[jax.Array]:
+    """Both as they are compared: 0 where they do not count, lest an infinity there reach the
+    gradient.
+    """
+    both = [_at_least_float32(x) for x in (logits, jax.lax.stop_gradient(target))]
+    return both if valid is None else [jnp.where(valid[..., None], x, 0) for x in both]
+
+
+def _mean(terms: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """Over the positions that count; 0 where none does."""
+    if valid is None:
+        return terms.mean()
     return jnp.where(valid, terms, 0).sum() / jnp.maximum(valid.sum(), 1)

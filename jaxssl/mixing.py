@@ -1,4 +1,4 @@
-"""CutMix: each image of a batch takes parts of the next one."""
+"""CutMix: each image of a batch takes parts of the next one. CutOut: it loses a part."""
 
 from __future__ import annotations
 
@@ -49,6 +49,30 @@ def box_mask(
     columns = _interval(width, left, W)
     inside = rows[:, :, :, None] & columns[:, :, None, :]
     return inside.sum(1) % 2 == 1
+
+
+def cutout_mask(
+    key: jax.Array, batch: int, size: tuple[int, ...], *, side: float = 0.5
+) -> jax.Array:
+    """Draw CutOut masks (DeVries & Taylor, arXiv:1708.04552): a square around a random pixel.
+
+    What of the square is beyond the image's border is lost.
+
+    Args:
+      key: randomness.
+      batch: B.
+      size: (H, W).
+      side: of the square, as a share of the image's shorter side; in pixels it becomes even.
+
+    Returns:
+      bool `[B,H,W]`, True inside the square.
+    """
+    reach = round(side * min(size) / 2)
+    rows, columns = (
+        jnp.abs(jnp.arange(n) + 0.5 - jax.random.randint(axis_key, (batch, 1), 0, n)) < reach
+        for axis_key, n in zip(jax.random.split(key), size, strict=True)
+    )
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def mix(mask: jax.Array, x: jax.Array, *, partner: jax.Array | None = None) -> jax.Array:

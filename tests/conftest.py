@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 
 from jaxssl import config as configs
 from jaxssl import models, optim, phases, sharding
-from jaxssl.contracts import IGNORE_LABEL, Outputs, Plan, Variables
+from jaxssl.contracts import IGNORE_LABEL, Labeling, Outputs, Plan, Variables
 from jaxssl.models import layers, network
 from jaxssl.state import create
 
@@ -98,13 +98,21 @@ class Linear:
         features = (x - mean)[:, ::2, ::2] @ params["backbone"]["kernel"]
         logits = features @ params["head"]["kernel"] + params["head"]["bias"]
         auxiliary = 2 * logits if self.auxiliary else None
-        return Outputs(logits, features, auxiliary=auxiliary), stats
+        return Outputs(logits, features, embedding=features, auxiliary=auxiliary), stats
 
     def classifier(self, params):
         return params["head"]["kernel"], params["head"]["bias"]
 
     def resize(self, logits, size):
         return nearest(logits, size)
+
+
+class Pooled(Linear):
+    """`Linear` for classification: the mean of its logits."""
+
+    def apply(self, *args, **kwargs):
+        outputs, stats = super().apply(*args, **kwargs)
+        return outputs._replace(logits=outputs.logits.mean((1, 2))), stats
 
 
 def forward(variables, image, valid, batch_stats=True):
@@ -135,6 +143,29 @@ def cross_entropy(logits, labels):
     top = logits.max(-1, keepdims=True)
     log_sum = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
     return (log_sum - logits[np.arange(len(labels)), labels]).mean()
+
+
+def softmax(logits):
+    """In NumPy, over the last axis."""
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
+
+
+def assert_gradient(gradient, params, value):
+    """Compares a gradient with the slope of `value(params)`, in float64, in a random direction.
+
+    On so short a way targets are constant, so a gradient that flowed through them would show.
+    """
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(np.float64, params)
+    direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
+
+    def moved(step):
+        return value(jax.tree.map(lambda p, d: p + step * d, params, direction))
+
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+    slope = sum((g * d).sum() for g, d in pairs)
+    np.testing.assert_allclose(slope, (moved(1e-6) - moved(-1e-6)) / 2e-6, rtol=1e-3)
 
 
 class Body(nn.Module):
@@ -187,6 +218,22 @@ def random_batch(seed=0, *, images=4, size=(16, 24), num_classes=4, padded=True)
         label[~batch["labeled"]["valid"]] = IGNORE_LABEL
     batch["labeled"]["label"] = label
     return batch
+
+
+def stream_arrays(stream, rng, size, *, num_classes=4, task="segmentation"):
+    """Noise in a batch of what a phase's stream holds; nothing is padded or ignored."""
+    shape = (stream.batch, *size)
+    arrays = {"image": rng.integers(0, 256, (*shape, 3), np.uint8)}
+    arrays["index"] = np.arange(stream.batch, dtype=np.int32)
+    if task == "segmentation":
+        arrays["valid"] = np.ones(shape, bool)
+    else:
+        shape = shape[:1]
+    if stream.labels:
+        arrays["label"] = rng.integers(0, num_classes, shape, np.uint8)
+    if isinstance(stream.labels, Labeling) and stream.labels.confidence:
+        arrays["confidence"] = rng.random(shape, np.float32)
+    return arrays
 
 
 def shapes(count=8, size=64):

@@ -4,7 +4,7 @@ import pytest
 from jax import numpy as jnp
 from sklearn.metrics import log_loss
 
-from jaxssl.losses import cross_entropy
+from jaxssl.losses import cross_entropy, kl_divergence, squared_distance
 
 SHAPES = [(6,), (2, 5, 7)]
 loss_and_gradient = jax.jit(jax.value_and_grad(cross_entropy))
@@ -116,3 +116,71 @@ def test_precision():
         loss = cross_entropy(logits.astype(float), labels, weights=weights.astype(float))
     assert loss.dtype == np.float64
     np.testing.assert_allclose(loss, reference(logits.astype(float), labels, weights), rtol=1e-12)
+
+
+def squared(p, q):
+    return ((p - q) ** 2).sum(-1)
+
+
+def kl(p, q):
+    """Cross entropy minus entropy; q is the target."""
+    return (q * np.log(q)).sum(-1) - (q * np.log(p)).sum(-1)
+
+
+DIVERGENCES = [(squared_distance, squared), (kl_divergence, kl)]
+
+
+def two_logits(shape):
+    rng = np.random.default_rng(1)
+    logits, target = rng.normal(0, 3, (2, *shape, 5)).astype(np.float32)
+    return logits, target, rng.random(shape) < 0.6
+
+
+@pytest.mark.parametrize(("loss", "definition"), DIVERGENCES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distances_of_softmaxes(loss, definition, masked, shape):
+    logits, target, valid = two_logits(shape)
+    terms = definition(softmax(logits), softmax(target))
+    value = jax.jit(loss)(logits, target, valid=valid if masked else None)
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, terms[valid].mean() if masked else terms.mean(), rtol=1e-4)
+    np.testing.assert_allclose(loss(logits, logits + 2), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "definition"), DIVERGENCES)
+def test_gradients_of_distances_reach_the_logits_alone(loss, definition):
+    logits, target, valid = two_logits((3, 4))
+    to_logits, to_target = jax.grad(loss, (0, 1))(logits, target, valid=valid)
+    assert not np.asarray(to_target).any()
+    direction = np.random.default_rng(2).normal(size=logits.shape)
+
+    def moved(step):
+        terms = definition(softmax(logits + step * direction), softmax(target))
+        return terms[valid].mean()
+
+    slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    np.testing.assert_allclose((to_logits * direction).sum(), slope, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [squared_distance, kl_divergence])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_is_not_valid_does_not_matter(loss, share):
+    logits, target, _ = two_logits((4, 6))
+    valid = np.random.default_rng(3).random((4, 6)) < share
+    shouting, nothing = logits.copy(), np.where(valid[..., None], target, np.nan)
+    shouting[~valid] = [np.inf, -np.inf, 0, 3e38, np.nan]
+    value, gradient = jax.value_and_grad(loss)(shouting, nothing, valid=valid)
+    np.testing.assert_array_equal(value, loss(logits, target, valid=valid))
+    assert (value > 0) == valid.any()
+    assert not np.asarray(gradient)[~valid].any()
+
+
+@pytest.mark.torch
+def test_kl_is_torchs():
+    torch = pytest.importorskip("torch")
+    logits, target, _ = two_logits((3, 4))
+    expected = torch.nn.functional.kl_div(
+        torch.tensor(logits).log_softmax(-1), torch.tensor(target).softmax(-1), reduction="sum"
+    )
+    np.testing.assert_allclose(kl_divergence(logits, target), expected / 12, rtol=1e-5)

@@ -1,3 +1,4 @@
+import collections
 import functools
 
 import jax
@@ -123,6 +124,25 @@ def test_overlapping_boxes_toggle(boxes):
     """Squares this large all cover the center."""
     mask = box_mask(2, 50, (33, 33), boxes=boxes, area=(1.0, 1.0))
     assert (mask[:, 16, 16] == (boxes % 2 == 1)).all()
+
+
+@pytest.mark.parametrize(("size", "side", "length"), [((8, 12), 0.5, 4), ((9, 5), 1.0, 4)])
+def test_cutout_takes_a_square_around_any_pixel(size, side, length):
+    """All masks that the definition gives, and each center as often: within four deviations."""
+    draw = jax.jit(mixing.cutout_mask, static_argnums=(1, 2), static_argnames="side")
+    masks = np.asarray(draw(jax.random.key(0), 4000, size, side=side))
+    centers = {}
+    for y, x in np.ndindex(size):
+        mask = np.zeros(size, bool)
+        mask[
+            max(0, y - length // 2) : y + length // 2, max(0, x - length // 2) : x + length // 2
+        ] = 1
+        centers.setdefault(mask.tobytes(), []).append((y, x))
+    counts = collections.Counter(mask.tobytes() for mask in masks)
+    assert counts.keys() == centers.keys()
+    for mask, places in centers.items():
+        expected = 4000 * len(places) / np.prod(size)
+        assert abs(counts[mask] - expected) < 4 * expected**0.5
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int32])

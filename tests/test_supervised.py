@@ -66,7 +66,7 @@ def test_classification_labels_meet_logits_as_they_are():
     np.testing.assert_allclose(loss, cross_entropy(logits, labels), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cps", "mkd"])
+@pytest.mark.parametrize("name", ["cps", "dml", "mkd"])
 def test_warm_up_is_supervised_training_of_every_student(name, nets):
     labeled, expected = random_batch()["labeled"], 0.0
     method = methods.load({"name": name})
@@ -101,7 +101,7 @@ def test_warm_up_only_makes_training_longer():
 
 def test_methods_are_found_by_name():
     assert methods.load({"name": "mkd", "alpha": 2.0}) == mkd.Method(alpha=2.0)
-    with pytest.raises(UserError, match=r"'mkt'.*cps, dars, dmt, mkd, supervised"):
+    with pytest.raises(UserError, match=r"'mkt'.*cps, .*mkd, .*supervised"):
         methods.load({"name": "mkt"})
     with pytest.raises(UserError, match=r"'mkd' has no field 'alfa'.*alpha"):
         methods.load({"name": "mkd", "alfa": 2.0})

@@ -77,7 +77,7 @@ class Method(contracts.Method):
 
 
 class Forward(NamedTuple):
-    """Every student's forward pass over the labeled images, by student."""
+    """The forward pass of every student, or every teacher, over the same images."""
 
     outputs: dict[str, Outputs]
     stats: dict[str, Stats]
@@ -87,39 +87,85 @@ def forward(
     nets: Mapping[str, Network],
     params: Mapping[str, Params],
     stats: Mapping[str, Stats],
-    labeled: Mapping[str, jax.Array],
-    key: jax.Array,
+    images: Mapping[str, jax.Array],
+    key: jax.Array | None,
 ) -> Forward:
-    """Runs all students on the labeled images, each in a BatchNorm batch of its own."""
+    """Runs all students on images, each in a BatchNorm batch of its own and, with a key, with noise
+    of its own.
+    """
     result = Forward({}, {})
     for i, name in enumerate(nets):
         result.outputs[name], result.stats[name] = nets[name].apply(
             params[name],
             stats[name],
-            labeled["image"],
-            valid=labeled.get("valid"),
+            images["image"],
+            valid=images.get("valid"),
             batch_stats=True,
-            key=jax.random.fold_in(key, i),
+            key=None if key is None else jax.random.fold_in(key, i),
         )
     return result
+
+
+def teacher_forward(
+    method: contracts.Method,
+    nets: Mapping[str, Network],
+    state: TrainState,
+    images: Mapping[str, jax.Array],
+) -> Forward:
+    """Runs all teachers on images, by the student's name: with the batch's statistics where theirs
+    are their own, without dropout.
+    """
+    result = Forward({}, {})
+    for name in method.teachers:
+        result.outputs[name], result.stats[name] = nets[name].apply(
+            state.teacher_params[name],
+            state.teacher_stats[name],
+            images["image"],
+            valid=images.get("valid"),
+            batch_stats=method.teacher_stats == "own",
+        )
+    return result
+
+
+def ema_decay(phase: Phase, k: jax.Array, most: float) -> jax.Array | float:
+    """min(1 - 1/(k+1), most) at update k = 0, 1, ... of the main phase: the mean of all students so
+    far, then a moving one.
+
+    While warming up, teachers are copies of the students.
+    """
+    return 0.0 if phase.name == WARMUP else jnp.minimum(1 - 1 / (k + 1), most)
+
+
+def at_full_size(net: Network, logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """Logits `[B,h,w,C]` resized to the images' size; those of whole images, `[B,C]`, as they
+    are.
+    """
+    return net.resize(logits, size) if logits.ndim > 2 else logits
 
 
 def loss_at_full_size(
     net: Network, outputs: Outputs, labels: jax.Array, *, auxiliary_weight: float
 ) -> jax.Array:
     """Cross entropy of the logits and, weighted, of an auxiliary head's, resized to the labels
-    `[B,H,W]`.
-
-    Labels `[B]` of a classification batch meet their logits as they are.
+    `[B,H,W]`, or `[B]` for classification.
     """
 
     def loss(logits: jax.Array) -> jax.Array:
-        resized = net.resize(logits, labels.shape[1:]) if labels.ndim > 1 else logits
-        return losses.cross_entropy(resized, labels)
+        return losses.cross_entropy(at_full_size(net, logits, labels.shape[1:]), labels)
 
     if outputs.auxiliary is None:
         return loss(outputs.logits)
     return loss(outputs.logits) + auxiliary_weight * loss(outputs.auxiliary)
+
+
+def total_loss(
+    nets: Mapping[str, Network], run: Forward, labels: jax.Array, *, auxiliary_weight: float
+) -> jax.Array:
+    """The sum of `loss_at_full_size` over all students."""
+    total = jnp.zeros(())
+    for name, outputs in run.outputs.items():
+        total += loss_at_full_size(nets[name], outputs, labels, auxiliary_weight=auxiliary_weight)
+    return total
 
 
 def warmup_phase(plan: Plan, students: tuple[str, ...]) -> tuple[Phase, ...]:
@@ -154,17 +200,13 @@ def warmup_loss(
     params: Mapping[str, Params],
     state: TrainState,
     labeled: Mapping[str, jax.Array],
-    key: jax.Array,
+    key: jax.Array | None,
     *,
     auxiliary_weight: float = 0.4,
 ) -> tuple[jax.Array, Aux]:
     """The sum of all students' supervised losses; teachers' statistics follow the students'."""
     run = forward(nets, params, state.stats, labeled, key)
-    total = jnp.zeros(())
-    for name, outputs in run.outputs.items():
-        total += loss_at_full_size(
-            nets[name], outputs, labeled["label"], auxiliary_weight=auxiliary_weight
-        )
+    total = total_loss(nets, run, labeled["label"], auxiliary_weight=auxiliary_weight)
     teacher_stats = {name: run.stats[name] for name in method.teachers}
     metrics = {"loss_supervised": (total, jnp.ones(()))}
     return total, Aux(run.stats, teacher_stats, state.extra, metrics)
