@@ -124,6 +124,7 @@ def default() -> Config:
             "warmup": 0,
             "crop": (512, 1024),
             "batch": {"labeled": 16, "unlabeled": 16, "accumulate": 1},
+            "parallel": "mesh",  # or "pmap", as PyTorch's DDP: see `train.compile_step`
             "augment": {"scale": (0.5, 2.0), "flip": True, "rotate": 0.0, "blur": 0.0},
             "data": {
                 "name": "cityscapes",
@@ -512,11 +513,15 @@ def choose(arg: str | None, **groups: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def check(config: Config) -> None:
-    """Raises a UserError where a number is below its `LEAST`; keys that are open pass."""
-    numbers = _flat(config.to_dict())
+    """Raises a UserError where a number is below its `LEAST` or `parallel` an unknown word; keys
+    that are open or missing pass.
+    """
+    values = _flat(config.to_dict())
     for key, least in LEAST.items():
-        if (value := numbers.get(key)) is not None and value < least:
+        if (value := values.get(key)) is not None and value < least:
             raise UserError(f"{key}={value} is too small. Set --config.{key} to {least} or more.")
+    if (parallel := values.get("parallel", "mesh")) not in ("mesh", "pmap"):
+        raise UserError(f"Unknown parallel={parallel!r}. There are: mesh, pmap.")
 
 
 def from_arguments(arguments: Sequence[str]) -> Config:
