@@ -1,9 +1,14 @@
-"""Where arrays live: one mesh axis, batches split along it, everything else on every device."""
+"""Where arrays live: one mesh axis, batches split along it, everything else on every device.
+
+A training step sees the global batch, and the compiler splits the work ("mesh"); or it runs on each
+device and sees that device's part alone ("pmap"). Either way the state is one array of each, the
+same on every device, so that nothing else has to know.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -12,6 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxssl.contracts import Stream, UserError
 
 AXIS = "data"
+
+Parallel = Literal["mesh", "pmap"]
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -46,10 +53,41 @@ def batched(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def to_devices(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays from each process's contiguous block of rows, a tree of NumPy arrays."""
-    sharding = batched(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+def to_devices(batch: Any, mesh: Mesh, parallel: Parallel = "mesh") -> Any:
+    """Global arrays from each process's contiguous block of rows, a tree of NumPy arrays.
+
+    For "pmap" their shape `[B,...]` becomes `[devices,B/devices,...]`.
+    """
+    sharding, devices = batched(mesh), mesh.local_mesh.size
+
+    def put(rows: np.ndarray) -> jax.Array:
+        rows = rows.reshape(devices, -1, *rows.shape[1:]) if parallel == "pmap" else rows
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return jax.tree.map(put, batch)
+
+
+def parallelize(step: Callable[..., Any], mesh: Mesh, parallel: Parallel) -> Any:
+    """The jitted `step(state, frozen, batch, clock)`: `state` is donated, `batch` is split over the
+    devices as `to_devices` does it, the rest and what is returned are on every device.
+    """
+    if parallel == "pmap":
+        # What devices return is the same on all: no axis of devices has to be added or taken away.
+        return jax.pmap(
+            step,
+            AXIS,
+            in_axes=(None, None, 0, None),
+            out_axes=None,
+            devices=mesh.devices.tolist(),
+            donate_argnums=0,
+        )
+    everywhere = replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(everywhere, everywhere, batched(mesh), everywhere),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
 
 
 def round_up(batch: int, mesh: Mesh) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxssl import panels, sharding, trained, watch
+from jaxssl import models, panels, sharding, trained, watch
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.config import Config
 from jaxssl.contracts import (
@@ -147,7 +147,7 @@ def train_phase(
     with _batches(run, index, start=step - begin) as batches:
         for rows in _timed(batches, run.stopwatch, skips):
             with run.stopwatch("training"):
-                batch = sharding.to_devices(rows, run.mesh)
+                batch = sharding.to_devices(rows, run.mesh, config.parallel)
                 train_step = train_step or compile_step(run, phase, state, frozen, batch, clock)
                 state, metrics = train_step(state, frozen, batch, clock)
                 step += 1
@@ -189,25 +189,26 @@ def compile_step(
 ) -> Any:
     """The phase's step, compiled for arguments like these: the state on every device and donated,
     batches split over the devices. Says what memory it takes.
+
+    With `config.parallel` "mesh", results do not depend on the number of devices. With "pmap", each
+    device takes its losses over its own images, with denominators, percentiles and CutMix partners
+    of its own; BatchNorm's statistics and gradients are means over the devices. That is what
+    PyTorch's DistributedDataParallel with SyncBatchNorm does, of which published numbers come.
     """
     config = run.config
-    everywhere, rows = sharding.replicated(run.mesh), sharding.batched(run.mesh)
+    axis_name = sharding.AXIS if config.parallel == "pmap" else None
     step = make_train_step(
         run.method,
-        run.nets,
+        {name: models.over_devices(net, axis_name) for name, net in run.nets.items()},
         phase,
         run.optimizer,
         run.schedule,
         learning_rate=config.optimizer.learning_rate,
         seed=config.seed,
         accumulate=config.batch.accumulate,
+        axis_name=axis_name,
     )
-    jitted = jax.jit(
-        step,
-        in_shardings=(everywhere, everywhere, rows, everywhere),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
+    jitted = sharding.parallelize(step, run.mesh, config.parallel)
     run.console.message(f"{phase.name}: compiling; the next start takes less time.")
     with run.stopwatch("compilation"):
         lowered = jitted.lower(state, frozen, batch, clock)

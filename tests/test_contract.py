@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import stream_arrays
 
 from jaxssl import contracts, losses, mixing, optim, sharding, views
 from jaxssl.contracts import (
@@ -649,22 +650,11 @@ class Small:
 
     def batch(self, phase):
         rng = np.random.default_rng(0)
-        batch = {stream.name: self.arrays(stream, rng) for stream in phase.streams}
+        batch = {
+            stream.name: stream_arrays(stream, rng, SIZE, num_classes=3, task=self.task)
+            for stream in phase.streams
+        }
         return jax.tree.map(jnp.asarray, batch)
-
-    def arrays(self, stream, rng):
-        shape = (stream.batch, *SIZE)
-        arrays = {"image": rng.integers(0, 256, (*shape, 3), np.uint8)}
-        arrays["index"] = np.arange(stream.batch, dtype=np.int32)
-        if self.task == "segmentation":
-            arrays["valid"] = np.ones(shape, bool)
-        else:
-            shape = shape[:1]
-        if stream.labels:
-            arrays["label"] = rng.integers(0, 3, shape, np.uint8)
-        if isinstance(stream.labels, Labeling) and stream.labels.confidence:
-            arrays["confidence"] = rng.random(shape, np.float32)
-        return arrays
 
     def step(self, phase):
         schedule = optim.make_schedule({"schedule": "poly", "power": 0.9, "warmup_steps": 0})

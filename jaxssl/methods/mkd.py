@@ -116,6 +116,18 @@ class Method(contracts.Method):
             empty |= {TEACHER + name: jax.tree.map(jnp.copy, empty[name]) for name in self.teachers}
         return {"features": empty}
 
+    def reduce_extra(
+        self, before: Mapping[str, Any], after: Mapping[str, Any], axis_name: str
+    ) -> Mapping[str, Any]:
+        """Feature statistics of the pixels of all devices, exactly."""
+        if not self.feature_augmentation:
+            return after
+        features = {
+            name: merge_devices(statistics, after["features"][name], axis_name)
+            for name, statistics in before["features"].items()
+        }
+        return {"features": features}
+
     def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
         """min(1 - 1/(k+1), gamma), k from 1: the paper updates at the start of a step, we at the
         end of the last.
@@ -437,14 +449,42 @@ def feature_statistics(
 def merge(a: FeatureStatistics, b: FeatureStatistics) -> FeatureStatistics:
     """Moments of the union of two sets, exactly (Chan et al., 1979)."""
     count = a.count + b.count
-    share = (b.count / jnp.maximum(count, 1))[:, None]
+    share = b.count / jnp.maximum(count, 1)
     delta = b.mean - a.mean
-    weight = a.count[:, None] * share
-    if a.m2.ndim == 2:
-        between = weight * delta**2
-    else:
-        between = weight[..., None] * delta[:, :, None] * delta[:, None, :]
-    return FeatureStatistics(count, a.mean + share * delta, a.m2 + b.m2 + between)
+    between = _spread(a.count * share, delta, full=a.m2.ndim == 3)
+    return FeatureStatistics(count, a.mean + share[:, None] * delta, a.m2 + b.m2 + between)
+
+
+def merge_devices(
+    before: FeatureStatistics, after: FeatureStatistics, axis_name: str
+) -> FeatureStatistics:
+    """Moments of a set and of all that the devices of a `jax.pmap` added to it, exactly.
+
+    Args:
+      before: of the set, the same on all devices.
+      after: of the set and what this device added.
+      axis_name: of the devices.
+    """
+
+    def total(after: jax.Array, before: jax.Array) -> jax.Array:
+        return before + jax.lax.psum(after - before, axis_name)
+
+    def about(mean: jax.Array, statistics: FeatureStatistics) -> jax.Array:
+        away = statistics.mean - mean
+        return statistics.m2 + _spread(statistics.count, away, full=before.m2.ndim == 3)
+
+    count = total(after.count, before.count)
+    # Deviations from the old mean, to whose sum the set itself adds nothing.
+    moved = jax.lax.psum(after.count[:, None] * (after.mean - before.mean), axis_name)
+    mean = before.mean + moved / jnp.maximum(count, 1)[:, None]
+    return FeatureStatistics(count, mean, total(about(mean, after), about(mean, before)))
+
+
+def _spread(weight: jax.Array, delta: jax.Array, *, full: bool) -> jax.Array:
+    """`weight` `[C]` times the squares of `delta` `[C,A]`, or its outer products `[C,A,A]`."""
+    if full:
+        return weight[:, None, None] * delta[:, :, None] * delta[:, None, :]
+    return weight[:, None] * delta**2
 
 
 def isda_table(

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxssl import contracts
 
@@ -44,6 +44,13 @@ def load(
                 f"Network {name!r} has no field {field!r}. Its fields: {', '.join(accepted)}."
             )
     return model(**given, **fields)
+
+
+def over_devices(net: contracts.Network, axis_name: str | None) -> contracts.Network:
+    """The network with BatchNorm's statistics taken over the devices of a `jax.pmap` of this name,
+    or with None as it was.
+    """
+    return net if axis_name is None else dataclasses.replace(cast(Any, net), axis_name=axis_name)
 
 
 def _modules() -> list[str]:
