@@ -1,7 +1,8 @@
 """Scores from an integer confusion matrix.
 
 `confusion_matrix` runs on the device for each batch. Its sum over batches, int64 on the host, is
-what the scores are computed from in NumPy. Scores are shares in [0,1].
+what the scores are computed from in NumPy. Scores are shares in [0,1]. `total_variation`, how far
+two networks are apart, needs no truth.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
     pair = jnp.where(counted, pair, num_classes**2)
     counts = jnp.bincount(pair.ravel(), length=num_classes**2 + 1)[:-1]
     return counts.reshape(num_classes, num_classes).astype(jnp.int32)
+
+
+def total_variation(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Half the L1 distance of two softmaxes, in [0,1]; logits `[...,C]` -> `[...]`."""
+    difference = jax.nn.softmax(a) - jax.nn.softmax(b)
+    return jnp.abs(difference).sum(-1) / 2
 
 
 def iou(confusion: np.ndarray) -> np.ndarray:

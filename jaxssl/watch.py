@@ -60,12 +60,6 @@ def pseudo_label_counts(
     return metrics.confusion_matrix(rows, with_none(taught), num_classes + 1)
 
 
-def total_variation(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Half the L1 distance of two softmaxes, in [0,1]; logits `[...,C]` -> `[...]`."""
-    difference = jax.nn.softmax(a) - jax.nn.softmax(b)
-    return jnp.abs(difference).sum(-1) / 2
-
-
 @dataclasses.dataclass(frozen=True)
 class PseudoLabels:
     """Pseudo-labels beside the truth. Shares are in [0,1], nan where there is nothing to divide by.
@@ -281,7 +275,7 @@ class Watcher:
         taught = self._method.pseudo_labels(teaching, progress=progress)
         sums = {"counts": pseudo_label_counts(label, taught, valid, teaching.shape[-1])}
         for name, (one, other) in self._pairs.items():
-            distance = total_variation(logits[one], logits[other])
+            distance = metrics.total_variation(logits[one], logits[other])
             sums[name] = jnp.where(valid, distance, 0).sum()
         return sums
 

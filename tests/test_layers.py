@@ -34,6 +34,7 @@ ALLOWED = {
         "contracts",
         "inference",
         "losses",
+        "metrics",
         "mixing",
         "quantile",
         "selection",

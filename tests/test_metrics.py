@@ -115,3 +115,13 @@ def test_counts_beyond_int32():
 )
 def test_kl_divergence(prior, counts, expected):
     np.testing.assert_allclose(metrics.kl_divergence(np.array(prior), np.array(counts)), expected)
+
+
+def test_total_variation():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 6, 5, 4)).astype(np.float32)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
+    expected = np.abs(p - q).sum(-1) / 2
+    np.testing.assert_allclose(metrics.total_variation(a, b), expected, rtol=1e-5)
+    sure = np.array([[100.0, 0.0], [0.0, 100.0]])
+    np.testing.assert_allclose(metrics.total_variation(sure[0], sure), [0, 1])

@@ -84,15 +84,6 @@ def test_nothing_kept():
     assert ("road", "-", "0.0", "-", "50.0") in watched.rows(CLASSES)
 
 
-def test_total_variation():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 6, 5, 4)).astype(np.float32)
-    expected = np.abs(softmax(a) - softmax(b)).sum(-1) / 2
-    np.testing.assert_allclose(watch.total_variation(a, b), expected, rtol=1e-5)
-    sure = jnp.array([[100.0, 0.0], [0.0, 100.0]])
-    np.testing.assert_allclose(watch.total_variation(sure[0], sure), [0, 1])
-
-
 class Images:
     """A source of noise in which every third image is larger."""
 
