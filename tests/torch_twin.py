@@ -173,13 +173,15 @@ class Head(nn.Module):
     def resize(self, x, size):
         return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
 
-    def forward(self, stages):
+    def fused(self, stages):
         low, x = stages[0], stages[-1]
         pooled = self.resize(self.pool(F.adaptive_avg_pool2d(x, 1)), x.shape[2:])
         parts = [pooled, self.aspp0(x), self.aspp1(x), self.aspp2(x), self.aspp3(x)]
         x = self.resize(self.bottleneck(torch.cat(parts, 1)), low.shape[2:])
-        x = torch.cat([x, self.low_level(low)], 1)
-        return self.classifier(self.decoder2(self.decoder1(x)))
+        return torch.cat([x, self.low_level(low)], 1)
+
+    def forward(self, stages):
+        return self.classifier(self.decoder2(self.decoder1(self.fused(stages))))
 
 
 class Auxiliary(nn.Module):
@@ -195,11 +197,14 @@ class Auxiliary(nn.Module):
 class Network(nn.Module):
     """Runs the `backbone`, `head` and `auxiliary` of its subclasses."""
 
-    def forward(self, image):
-        """float `[B,H,W,3]` in [0,255] -> logits and auxiliary logits, both channels last."""
+    def stages(self, image):
         mean = torch.tensor((123.675, 116.28, 103.53), dtype=image.dtype)
         std = torch.tensor((58.395, 57.12, 57.375), dtype=image.dtype)
-        stages = self.backbone(((image - mean) / std).permute(0, 3, 1, 2))
+        return self.backbone(((image - mean) / std).permute(0, 3, 1, 2))
+
+    def forward(self, image):
+        """float `[B,H,W,3]` in [0,255] -> logits and auxiliary logits, both channels last."""
+        stages = self.stages(image)
         logits = self.head(stages).permute(0, 2, 3, 1)
         if self.auxiliary is None or not self.training:
             return logits, None
@@ -237,6 +242,32 @@ class DeepLabV3Plus(Network):
             align_corners,
         )
         self.auxiliary = Auxiliary(num_classes, 4 * low, channels) if auxiliary else None
+
+
+class Representation(nn.Module):
+    def __init__(self, inputs, channels):
+        super().__init__()
+        self.conv1 = ConvModule(inputs, channels, 3)
+        self.conv2 = ConvModule(channels, channels, 3)
+        self.projection = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return self.projection(self.conv2(self.conv1(x)))
+
+
+class U2PL(DeepLabV3Plus):
+    """With a representation head beside the classifier's branch."""
+
+    def __init__(self, num_classes, embedding, **fields):
+        super().__init__(num_classes, separable=False, align_corners=True, **fields)
+        inputs = self.head.decoder1.conv.in_channels
+        self.head.representation = Representation(inputs, embedding)
+
+    def forward(self, image):
+        """float `[B,H,W,3]` in [0,255] -> logits and embedding, both channels last."""
+        stages = self.stages(image)
+        embedding = self.head.representation(self.head.fused(stages))
+        return self.head(stages).permute(0, 2, 3, 1), embedding.permute(0, 2, 3, 1)
 
 
 class AtrousSum(nn.Module):

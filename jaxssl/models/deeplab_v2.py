@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxssl.contracts import Outputs
 from jaxssl.models import layers, network, segmentation
 
 
@@ -40,12 +41,12 @@ class Model(segmentation.SegmentationNetwork):
         network.check("aspp_branches", count, 1 <= count <= most, wanted)
 
     def head(self, norm: layers.NormDef) -> nn.Module:
-        """Outputs of four stages -> (logits, features)."""
-        del norm
-        return Head(self.num_classes, self.aspp_rates[: self.aspp_branches], self.dropout)
+        """Outputs of four stages -> `Outputs`."""
+        rates = self.aspp_rates[: self.aspp_branches]
+        return Head(self.num_classes, rates, self.dropout, self.representation(norm))
 
     def auxiliary_head(self, norm: layers.NormDef) -> nn.Module:
-        """Output of the third stage -> (logits, features)."""
+        """Output of the third stage -> `Outputs`."""
         return segmentation.FCNHead(self.num_classes, norm, self.auxiliary_channels, self.dropout)
 
 
@@ -55,12 +56,14 @@ class Head(nn.Module):
     num_classes: int
     rates: tuple[int, ...]
     dropout: float
+    representation: nn.Module
 
     @nn.compact
-    def __call__(self, stages: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, stages: tuple[jax.Array, ...]) -> Outputs:
         """Outputs of four stages -> logits `[B,h,w,C]` and features `[B,h,w,D]`."""
         x = layers.Dropout(self.dropout)(stages[-1])
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         conv = functools.partial(layers.Conv, self.num_classes, use_bias=True, std=0.01)
         branches = (conv(dilation=r, name=f"aspp{i}")(x) for i, r in enumerate(self.rates, 1))
-        return functools.reduce(jnp.add, branches), x
+        logits = functools.reduce(jnp.add, branches)
+        return Outputs(logits, x, self.representation(stages[-1]))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
+from jaxssl.contracts import Outputs
 from jaxssl.models import layers
 from jaxssl.models.layers import NormDef
 
@@ -179,11 +180,11 @@ class Classifier(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, stages: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, stages: tuple[jax.Array, ...]) -> Outputs:
         """Outputs of the stages -> logits `[B,C]` and features `[B,1280]`."""
         x = ConvBN(1280, self.norm, name="last")(stages[-1]).mean((1, 2), keepdims=True)
-        logits, features = layers.classify(x, self.num_classes, self.dropout)
-        return logits[:, 0, 0], features[:, 0, 0]
+        outputs = layers.classify(x, self.num_classes, self.dropout)
+        return jax.tree.map(lambda x: x[:, 0, 0], outputs)
 
 
 def torch_name(path: tuple[str, ...]) -> str:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxssl.contracts import Outputs
+
 Form: TypeAlias = Literal["plain", "shifted", "matmul"]
 
 Padding: TypeAlias = Literal["symmetric", "same"]
@@ -315,7 +317,7 @@ class SeparableConv(nn.Module):
         return ConvBNReLU(self.features, self.norm, size=1, name="pointwise")(x)
 
 
-def classify(x: jax.Array, num_classes: int, dropout: float) -> tuple[jax.Array, jax.Array]:
+def classify(x: jax.Array, num_classes: int, dropout: float) -> Outputs:
     """Ends a head, inside its `__call__`: dropout, then the 1x1 convolution `classifier`.
 
     Returns:
@@ -323,7 +325,7 @@ def classify(x: jax.Array, num_classes: int, dropout: float) -> tuple[jax.Array,
     """
     features = Dropout(dropout)(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     conv = Conv(num_classes, 1, use_bias=True, std=0.01, name="classifier")
-    return conv(features), features
+    return Outputs(conv(features), features)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

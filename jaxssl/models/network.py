@@ -165,8 +165,9 @@ class EncoderDecoder(nn.Module):
 
     Attributes:
       backbone: `[B,H,W,3]` -> outputs of its stages.
-      head: outputs of the stages -> (logits, features).
-      auxiliary: output of the last stage but one -> (logits, features); None where not needed.
+      head: outputs of the stages -> `Outputs` without auxiliary logits.
+      auxiliary: output of the last stage but one -> `Outputs`, whose logits count; None where not
+        needed.
     """
 
     backbone: nn.Module
@@ -176,9 +177,10 @@ class EncoderDecoder(nn.Module):
     def __call__(self, x: jax.Array) -> Outputs:
         """Runs all parts."""
         stages = self.backbone(x)
-        logits, features = self.head(stages)
-        auxiliary = None if self.auxiliary is None else self.auxiliary(stages[-2])[0]
-        return Outputs(logits=logits, features=features, auxiliary=auxiliary)
+        outputs = self.head(stages)
+        if self.auxiliary is None:
+            return outputs
+        return outputs._replace(auxiliary=self.auxiliary(stages[-2]).logits)
 
 
 def check(field: str, value: object, good: bool, wanted: str) -> None:

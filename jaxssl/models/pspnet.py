@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxssl.contracts import Outputs
 from jaxssl.models import layers, network, segmentation
 
 
@@ -42,10 +43,11 @@ class Model(segmentation.SegmentationNetwork):
         network.check("pool_bins", bins, good, "one or more positive numbers")
 
     def head(self, norm: layers.NormDef) -> nn.Module:
-        """Outputs of four stages -> (logits, features)."""
+        """Outputs of four stages -> `Outputs`."""
         return Head(
             num_classes=self.num_classes,
             norm=norm,
+            representation=self.representation(norm),
             bins=self.pool_bins,
             channels=self.channels,
             dropout=self.dropout,
@@ -53,7 +55,7 @@ class Model(segmentation.SegmentationNetwork):
         )
 
     def auxiliary_head(self, norm: layers.NormDef) -> nn.Module:
-        """Output of the third stage -> (logits, features)."""
+        """Output of the third stage -> `Outputs`."""
         return segmentation.FCNHead(self.num_classes, norm, self.auxiliary_channels, self.dropout)
 
 
@@ -62,13 +64,14 @@ class Head(nn.Module):
 
     num_classes: int
     norm: layers.NormDef
+    representation: nn.Module
     bins: tuple[int, ...]
     channels: int
     dropout: float
     align_corners: bool
 
     @nn.compact
-    def __call__(self, stages: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, stages: tuple[jax.Array, ...]) -> Outputs:
         """Outputs of four stages -> logits `[B,h,w,C]` and features `[B,h,w,channels]`.
 
         The levels of the pyramid have together about as many channels as the last stage.
@@ -83,4 +86,5 @@ class Head(nn.Module):
             y = layers.resize_bilinear(y, (height, width), align_corners=self.align_corners)
             levels.append(y)
         x = conv(self.channels, name="bottleneck")(jnp.concatenate(levels, -1))
-        return layers.classify(x, self.num_classes, self.dropout)
+        outputs = layers.classify(x, self.num_classes, self.dropout)
+        return outputs._replace(embedding=self.representation(x))

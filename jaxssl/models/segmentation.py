@@ -1,13 +1,17 @@
-"""What the segmentation networks share: a backbone with its fields, and an auxiliary head."""
+"""What the convolutional segmentation networks share: a backbone with its fields, and heads."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from jaxssl.contracts import Outputs
 from jaxssl.models import efficientnet_lite, layers, network, pretrained, resnet
 
 EFFICIENTNET = "efficientnet_lite0"
@@ -33,7 +37,10 @@ class SegmentationNetwork(network.LinenNetwork):
       zero_init: a ResNet's residual blocks start as identity.
       auxiliary: a second, small head on the third stage, computed where BatchNorm uses the
         batch's statistics.
+      embedding: E, channels of what a representation head gives out, beside the classifier, for a
+        method that compares pixels; 0: there is none.
       dropout: probability that a channel of a classifier's input is dropped.
+      decoder_dropout: the same after the other 3x3 convolutions of the head.
       stochastic_depth: probability that a residual branch is kept.
       stochastic_depth_schedule: "constant", or "linear" in depth.
       remat: trades time for memory in the backbone.
@@ -49,7 +56,9 @@ class SegmentationNetwork(network.LinenNetwork):
     dilate_first: bool = False
     zero_init: bool = False
     auxiliary: bool = False
+    embedding: int = 0
     dropout: float = 0.0
+    decoder_dropout: float = 0.0
     stochastic_depth: float = 1.0
     stochastic_depth_schedule: str = "constant"
     remat: bool = False
@@ -63,18 +72,26 @@ class SegmentationNetwork(network.LinenNetwork):
         schedule, survival = self.stochastic_depth_schedule, self.stochastic_depth
         network.check_choice("stochastic_depth_schedule", schedule, ("constant", "linear"))
         network.check("stochastic_depth", survival, 0 < survival <= 1, "in (0, 1]")
-        network.check("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        network.check("embedding", self.embedding, self.embedding >= 0, "0 or more channels")
+        for field in ("dropout", "decoder_dropout"):
+            rate = getattr(self, field)
+            network.check(field, rate, 0 <= rate < 1, "in [0, 1)")
         if self.backbone in resnet.DEPTHS:
             grid, last = self.multi_grid, resnet.DEPTHS[self.backbone][1][-1]
             network.check("multi_grid", grid, len(grid) >= last, f"at least {last} factors")
 
     @abc.abstractmethod
     def head(self, norm: layers.NormDef) -> nn.Module:
-        """Outputs of four stages -> (logits, features)."""
+        """Outputs of four stages -> `Outputs`; `representation` is a part of it."""
 
     @abc.abstractmethod
     def auxiliary_head(self, norm: layers.NormDef) -> nn.Module:
-        """Output of the third stage -> (logits, features)."""
+        """Output of the third stage -> `Outputs`."""
+
+    def representation(self, norm: layers.NormDef) -> Representation:
+        """What the head calls on the features that its classifier's branch starts from."""
+        conv = functools.partial(layers.ConvBNReLU, norm=norm)
+        return Representation(self.embedding, conv, self.decoder_dropout)
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -128,7 +145,32 @@ class FCNHead(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array) -> Outputs:
         """`[B,h,w,I]` -> logits `[B,h,w,C]` and features `[B,h,w,channels]`."""
         x = layers.ConvBNReLU(self.channels, self.norm, name="conv")(x)
         return layers.classify(x, self.num_classes, self.dropout)
+
+
+class Representation(nn.Module):
+    """Two 3x3 convolutions and a linear 1x1 one, as a classifier's branch would have them.
+
+    Attributes:
+      channels: E, of all three; 0: no convolution and no output.
+      conv: makes the former two, with normalization and ReLU.
+      dropout: probability that a channel is dropped after either.
+    """
+
+    channels: int
+    conv: Callable[..., nn.Module]
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array | None:
+        """`[B,h,w,I]` -> at least float32 `[B,h,w,E]`, not normalized."""
+        if not self.channels:
+            return None
+        for i in (1, 2):
+            x = self.conv(self.channels, name=f"conv{i}")(x)
+            x = layers.Dropout(self.dropout)(x)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return layers.Conv(self.channels, 1, use_bias=True, name="projection")(x)
