@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1] / "jaxssl"
 ALLOWED = {
     "contracts": {"inference", "state"},  # for type checkers alone
     "selection": {"contracts"},
-    "data": {"contracts", "selection"},
-    "models": {"contracts"},
+    "data": {"contracts", "pickles", "selection"},
+    "models": {"contracts", "pickles"},
     "quantile": {"contracts"},
     "losses": {"contracts", "quantile"},
     "metrics": {"contracts"},

@@ -22,6 +22,17 @@ def listed(messages: Sequence[object], most: int = 10) -> str:
     return "".join(f"\n  {message}" for message in [*messages[:most], *more])
 
 
+def stamp(path: Path) -> tuple[Path, int, int]:
+    """A path with the time of its last change and its size, 0 where there is nothing: what was read
+    from a file holds as long as its stamp does.
+    """
+    try:
+        status = path.stat()
+    except OSError:  # a link to nothing; reading it says so
+        return path, 0, 0
+    return path, status.st_mtime_ns, status.st_size
+
+
 def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Reads and decodes a file, in whatever mode its pixels are.
 

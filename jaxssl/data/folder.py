@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from jaxssl.contracts import Record, UnreadableError, UserError
 from jaxssl.data import layouts, masks, splits
-from jaxssl.data.files import open_image, opened
+from jaxssl.data.files import open_image, opened, stamp
 from jaxssl.data.layouts import Files, Tree
 from jaxssl.data.masks import ClassTable
 
@@ -251,15 +251,7 @@ def _black_and_white(paths: Sequence[Path], ignore: Sequence[int]) -> bool:
 
 def _scan(paths: Sequence[Path], what: str) -> masks.Seen:
     """Looks at masks to see `what`; once in a process, as long as they stay as they are."""
-    return _scan_stamped(tuple(_stamp(path) for path in paths), what)
-
-
-def _stamp(path: Path) -> tuple[Path, int, int]:
-    try:
-        status = path.stat()
-    except OSError:  # a link to nothing; reading it says so
-        return path, 0, 0
-    return path, status.st_mtime_ns, status.st_size
+    return _scan_stamped(tuple(stamp(path) for path in paths), what)
 
 
 @functools.lru_cache(maxsize=2)
