@@ -76,9 +76,9 @@ def test_loss_and_gradient(teacher_stats, seen):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(aux.metrics["loss_supervised"][0], supervised, rtol=1e-5)
     np.testing.assert_allclose(aux.metrics["loss_consistency"][0], consistency, rtol=1e-5)
-    np.testing.assert_allclose(aux.stats["a"]["mean"], stats["mean"], rtol=1e-5)
+    np.testing.assert_allclose(aux.stats["a"]["mean"], stats["mean"], rtol=1e-3)
     np.testing.assert_allclose(
-        aux.teacher_stats["a"]["mean"], teacher_statistics["mean"], rtol=1e-5
+        aux.teacher_stats["a"]["mean"], teacher_statistics["mean"], rtol=1e-3
     )
     assert_gradient(grads["a"], state.params["a"], lambda params: reference(params)[0])
 
