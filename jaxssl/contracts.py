@@ -462,6 +462,13 @@ class Method(abc.ABC):
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
         """The run, in order."""
 
+    def notes(self, num_classes: int) -> tuple[str, ...]:
+        """Lines for the user, printed before the run: where the data make the method do otherwise
+        than its fields say.
+        """
+        del num_classes
+        return ()
+
     def init_extra(
         self, nets: Mapping[str, Network], params: Mapping[str, Params]
     ) -> dict[str, Any]:

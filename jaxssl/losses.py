@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxssl.contracts import IGNORE_LABEL
+from jaxssl.quantile import kth_smallest
 
 
 def cross_entropy(
@@ -27,13 +30,41 @@ def cross_entropy(
     Returns:
       Scalar in float32 (float64 for float64 logits); 0 where no position has a label.
     """
-    valid = labels != ignore_label
-    terms = optax.softmax_cross_entropy_with_integer_labels(
-        _at_least_float32(logits), jnp.where(valid, labels, 0)
-    )
+    terms, valid = _cross_entropies(logits, labels, ignore_label)
     if weights is not None:
         terms = weights * terms
     return _mean(terms, valid)
+
+
+def ohem_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    threshold: float = 0.7,
+    min_kept: int = 50_000,
+    ignore_label: int = IGNORE_LABEL,
+) -> jax.Array:
+    """Mean of the cross entropy over hard positions: online hard example mining, as CPS and U2PL
+    released it for Cityscapes.
+
+    Hard are those whose label has at most the probability `threshold`; or, where these are fewer
+    than `min_kept` per image of the batch, that many with the lowest probabilities, and what equals
+    the last of them. If not even that many positions have a label, all of these count.
+
+    Args:
+      logits: float `[B,...,C]`.
+      labels: integer `[B,...]`, as for `cross_entropy`.
+      threshold: in (0,1].
+      min_kept: as many times B.
+      ignore_label: as for `cross_entropy`.
+    """
+    terms, valid = _cross_entropies(logits, labels, ignore_label)
+    limit, least = jnp.asarray(-math.log(threshold), terms.dtype), min_kept * len(labels)
+    if least:
+        hardest_first = jnp.where(valid, -terms, jnp.inf)
+        limit = jnp.minimum(limit, -kth_smallest(hardest_first, least - 1))
+    few = valid.sum() < least
+    return _mean(terms, valid & (few | (terms >= limit)))
 
 
 def squared_distance(
@@ -62,6 +93,17 @@ def kl_divergence(
     """
     p, q = (jax.nn.log_softmax(x) for x in _compared(logits, target, valid))
     return _mean((jnp.exp(q) * (q - p)).sum(-1), valid)
+
+
+def _cross_entropies(
+    logits: jax.Array, labels: jax.Array, ignore_label: int
+) -> tuple[jax.Array, jax.Array]:
+    """That of each position, and which of them have a label."""
+    valid = labels != ignore_label
+    terms = optax.softmax_cross_entropy_with_integer_labels(
+        _at_least_float32(logits), jnp.where(valid, labels, 0)
+    )
+    return terms, valid
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

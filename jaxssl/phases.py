@@ -137,8 +137,8 @@ def build(
         + ", ".join(f"{phase.name} {phase.steps} steps" for phase in current.phases)
         + f"; {mesh.size} {jax.devices()[0].platform} device(s)"
     )
-    if split.note:
-        console.message(split.note)
+    for note in filter(None, (split.note, *method.notes(info.num_classes))):
+        console.message(note)
     return current
 
 

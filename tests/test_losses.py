@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
 from sklearn.metrics import log_loss
 
-from jaxssl.losses import cross_entropy, kl_divergence, squared_distance
+from jaxssl.losses import cross_entropy, kl_divergence, ohem_cross_entropy, squared_distance
 
 SHAPES = [(6,), (2, 5, 7)]
 loss_and_gradient = jax.jit(jax.value_and_grad(cross_entropy))
@@ -184,3 +186,36 @@ def test_kl_is_torchs():
         torch.tensor(logits).log_softmax(-1), torch.tensor(target).softmax(-1), reduction="sum"
     )
     np.testing.assert_allclose(kl_divergence(logits, target), expected / 12, rtol=1e-5)
+
+
+def mined(logits, labels, threshold, least):
+    """What the released code keeps: it sorts probabilities, 1 where there is no label."""
+    p = softmax(logits)
+    p = np.take_along_axis(p, np.where(labels == 255, 0, labels)[..., None], -1)[..., 0]
+    p, valid = np.where(labels == 255, 1.0, p), labels != 255
+    if least > valid.sum():
+        return valid
+    limit = max(threshold, np.sort(p.ravel())[least - 1]) if least else threshold
+    return valid & (p <= limit)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 0.8, 1.1])
+@pytest.mark.parametrize("min_kept", [0, 1, 9, 17, 35, 36])
+@pytest.mark.parametrize("threshold", [0.7, 0.05])
+def test_hard_examples_are_those_of_the_released_code(threshold, min_kept, ignored):
+    logits, labels, _ = example((2, 5, 7), ignored=ignored)
+    kept = mined(logits, labels, threshold, 2 * min_kept)
+    loss = functools.partial(ohem_cross_entropy, threshold=threshold, min_kept=min_kept)
+    with jax.enable_x64(True):
+        value, gradient = jax.jit(jax.value_and_grad(loss))(logits.astype(float), labels)
+    taught = np.where(kept, labels, 255)
+    expected = reference(logits, taught, np.ones(labels.shape)) if kept.any() else 0
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_array_equal(np.asarray(gradient).any(-1), kept)
+
+
+def test_equally_hard_examples_are_all_kept():
+    logits = np.log(np.array([[0.9, 0.8, 0.8, 0.8, 0.95]]))[..., None] * [1.0, 0.0]
+    logits[..., 1] = np.log(1 - np.exp(logits[..., 0]))
+    value = ohem_cross_entropy(jnp.float32(logits), jnp.zeros((1, 5), jnp.uint8), min_kept=2)
+    np.testing.assert_allclose(value, -np.log(0.8), rtol=1e-5)

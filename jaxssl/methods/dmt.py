@@ -164,7 +164,7 @@ class Method(contracts.Method):
                 key,
                 auxiliary_weight=self.auxiliary_weight,
             )
-        images, n, label = _joined(batch), len(labeled["image"]), labeled["label"]
+        images, n, label = supervised.joined(batch), len(labeled["image"]), labeled["label"]
         outputs, stats = net.apply(
             params[name],
             state.stats[name],
@@ -395,13 +395,6 @@ def _streams(plan: Plan, labels: Labeling | None) -> tuple[Stream, ...]:
         Stream("labeled", plan.batch["labeled"]),
         Stream("unlabeled", plan.batch["unlabeled"], labels=labels),
     )
-
-
-def _joined(batch: Batch) -> dict[str, jax.Array]:
-    """Labeled, then unlabeled images, and which of their pixels are no padding, if any may be."""
-    labeled, unlabeled = batch["labeled"], batch["unlabeled"]
-    names = [name for name in ("image", "valid") if name in labeled]
-    return {name: jnp.concatenate([labeled[name], unlabeled[name]]) for name in names}
 
 
 def _cross_entropy(

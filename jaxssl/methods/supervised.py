@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -25,6 +25,9 @@ from jaxssl.contracts import (
 from jaxssl.state import TrainState
 
 WARMUP = "warmup"
+
+Criterion = Callable[[jax.Array, jax.Array], jax.Array]
+"""From logits `[B,...,C]` and labels `[B,...]` to a loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,13 @@ def teacher_forward(
     return result
 
 
+def joined(batch: Batch) -> dict[str, jax.Array]:
+    """Labeled, then unlabeled images, and which of their pixels are no padding, if any may be."""
+    labeled, unlabeled = batch["labeled"], batch["unlabeled"]
+    names = [name for name in ("image", "valid") if name in labeled]
+    return {name: jnp.concatenate([labeled[name], unlabeled[name]]) for name in names}
+
+
 def ema_decay(phase: Phase, k: jax.Array, most: float) -> jax.Array | float:
     """min(1 - 1/(k+1), most) at update k = 0, 1, ... of the main phase: the mean of all students so
     far, then a moving one.
@@ -144,14 +154,19 @@ def at_full_size(net: Network, logits: jax.Array, size: tuple[int, ...]) -> jax.
 
 
 def loss_at_full_size(
-    net: Network, outputs: Outputs, labels: jax.Array, *, auxiliary_weight: float
+    net: Network,
+    outputs: Outputs,
+    labels: jax.Array,
+    *,
+    auxiliary_weight: float,
+    criterion: Criterion = losses.cross_entropy,
 ) -> jax.Array:
     """Cross entropy of the logits and, weighted, of an auxiliary head's, resized to the labels
     `[B,H,W]`, or `[B]` for classification.
     """
 
     def loss(logits: jax.Array) -> jax.Array:
-        return losses.cross_entropy(at_full_size(net, logits, labels.shape[1:]), labels)
+        return criterion(at_full_size(net, logits, labels.shape[1:]), labels)
 
     if outputs.auxiliary is None:
         return loss(outputs.logits)
@@ -159,12 +174,19 @@ def loss_at_full_size(
 
 
 def total_loss(
-    nets: Mapping[str, Network], run: Forward, labels: jax.Array, *, auxiliary_weight: float
+    nets: Mapping[str, Network],
+    run: Forward,
+    labels: jax.Array,
+    *,
+    auxiliary_weight: float,
+    criterion: Criterion = losses.cross_entropy,
 ) -> jax.Array:
     """The sum of `loss_at_full_size` over all students."""
     total = jnp.zeros(())
     for name, outputs in run.outputs.items():
-        total += loss_at_full_size(nets[name], outputs, labels, auxiliary_weight=auxiliary_weight)
+        total += loss_at_full_size(
+            nets[name], outputs, labels, auxiliary_weight=auxiliary_weight, criterion=criterion
+        )
     return total
 
 
@@ -203,10 +225,13 @@ def warmup_loss(
     key: jax.Array | None,
     *,
     auxiliary_weight: float = 0.4,
+    criterion: Criterion = losses.cross_entropy,
 ) -> tuple[jax.Array, Aux]:
     """The sum of all students' supervised losses; teachers' statistics follow the students'."""
     run = forward(nets, params, state.stats, labeled, key)
-    total = total_loss(nets, run, labeled["label"], auxiliary_weight=auxiliary_weight)
+    total = total_loss(
+        nets, run, labeled["label"], auxiliary_weight=auxiliary_weight, criterion=criterion
+    )
     teacher_stats = {name: run.stats[name] for name in method.teachers}
     metrics = {"loss_supervised": (total, jnp.ones(()))}
     return total, Aux(run.stats, teacher_stats, state.extra, metrics)
