@@ -191,16 +191,21 @@ def model_section(name: str, **changes: Any) -> Config:
     return ConfigDict({"name": name, **NETWORKS.get(name, {}), **changes})
 
 
-def use_network(config: Config, name: str, **changes: Any) -> None:
-    """Swaps in another network, with the keys that it has, for all students.
+def use_network(config: Config, name: str, *, student: str | None = None, **changes: Any) -> None:
+    """Swaps in another network, with the keys that it has.
 
     Args:
-      config: is changed; `use_small` and `use_pretrained` come after.
+      config: is changed; `use_small` and `use_pretrained` come after, for networks in `model`.
       name: as for `model_section`.
-      **changes: likewise.
+      student: who gets it, "a" or "b"; None gives it to all.
+      **changes: as for `model_section`.
     """
-    config.model = model_section(name, **changes)
-    config.model_a, config.model_b = _overrides(config.model), _overrides(config.model)
+    section = model_section(name, **changes)
+    if student is None:
+        config.model = section
+        config.model_a, config.model_b = _overrides(section), _overrides(section)
+    else:
+        config[f"model_{student}"] = section
 
 
 def _overrides(model: Config) -> Config:
@@ -209,9 +214,14 @@ def _overrides(model: Config) -> Config:
 
 
 def model_of(config: Config, student: str) -> dict[str, Any]:
-    """The model section as one student has it: `model`, and what `model_<student>` sets."""
-    own = config.get(f"model_{student}", ConfigDict())
-    return {**config.model, **{key: value for key, value in own.items() if value is not None}}
+    """The model section as one student has it: `model`, and what `model_<student>` sets; if that
+    names another network, then that one as `NETWORKS` has it in the place of `model`.
+    """
+    section = config.get(f"model_{student}", ConfigDict())
+    own = {key: value for key, value in section.items() if value is not None}
+    name = own.get("name", config.model["name"])
+    shared = config.model if name == config.model["name"] else model_section(name)
+    return {**shared, **own}
 
 
 def cityscapes(variant: Mapping[str, str | None]) -> Config:
@@ -351,6 +361,33 @@ def dars(**changes: Any) -> Config:
             "schedule": "restart",
             "label_mode": "slide",
             "label_scale": 1.0,
+            "auxiliary_weight": 0.4,
+        }
+    )
+    section.update(changes)
+    return section
+
+
+def rml(**changes: Any) -> Config:
+    """The `method` section for RML, with the paper's values.
+
+    Args:
+      **changes: fields of `methods.rml.Method` with other values.
+    """
+    section = ConfigDict(
+        {
+            "name": "rml",
+            "supervision": "both",
+            "rectification": True,
+            "p0": "stage",
+            "stages": 2,
+            "momentum": 0.9999,
+            "model_noise": True,
+            "input_noise": True,
+            "weight": 1.0,
+            "ema_decay_max": 0.999,
+            "prototype_scale": 1.0,
+            "teacher_stats": "copy",
             "auxiliary_weight": 0.4,
         }
     )

@@ -247,10 +247,16 @@ def read_classes(workdir: Path) -> DataInfo:
 
 def _read_config(workdir: Path) -> Config:
     """The config of a run. JSON turned its tuples into lists."""
-    stored = _read_json(
-        workdir / "config.json", "Give the --workdir of a training run (python -m jaxssl.main)."
+    stored = _tuples(
+        _read_json(
+            workdir / "config.json", "Give the --workdir of a training run (python -m jaxssl.main)."
+        )
     )
-    return ConfigDict(_merged(configs.default().to_dict(), _tuples(stored)))
+    defaults = configs.default()
+    for section, student in {"model": None, "model_a": "a", "model_b": "b"}.items():
+        if name := stored.get(section, {}).get("name"):
+            configs.use_network(defaults, name, student=student)
+    return ConfigDict(_merged(defaults.to_dict(), stored))
 
 
 def _read_json(path: Path, advice: str) -> Any:

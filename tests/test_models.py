@@ -275,6 +275,30 @@ def test_a_config_may_have_any_network(name, small):
     assert config.model.keys() == config.model_a.keys() == config.model_b.keys()
 
 
+def test_students_may_have_different_networks():
+    config = configs.default()
+    configs.use_network(config, "deeplab_v2", dropout=0.5)
+    configs.use_network(config, "pspnet", student="b", channels=32)
+    config.model.width = 8
+    a, b = (models.load(configs.model_of(config, student), 3) for student in "ab")
+    assert [type(net).__module__.rpartition(".")[2] for net in (a, b)] == ["deeplab_v2", "pspnet"]
+    assert (a.width, a.dropout, a.align_corners) == (8, 0.5, True)
+    assert (b.width, b.dropout, b.channels, b.stem) == (64, 0.1, 32, "deep")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_command_line_gives_a_student_another_network():
+    file = pathlib.Path(__file__).parents[1] / "configs" / "mkd_cityscapes.py"
+    flags = {"model.width": 8, "model_b.name": "deeplab_v2", "model_b.backbone": "resnet18"}
+    config = configs.from_arguments(
+        [f"--config={file}", *(f"--config.{key}={value}" for key, value in flags.items())]
+    )
+    a, b = (configs.model_of(config, student) for student in "ab")
+    assert a == {**config.model}
+    assert b == {**configs.model_section("deeplab_v2"), "backbone": "resnet18"}
+    assert models.load(b, 3).aspp_branches == 4
+
+
 def test_the_default_network_is_one_of_them():
     config = configs.default()
     configs.use_network(config, "deeplab_v3plus")

@@ -64,6 +64,19 @@ def _networks(monkeypatch):
     monkeypatch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
 
 
+def test_a_run_has_the_keys_of_its_own_networks(workdir):
+    path, config = workdir[0], configs.default()
+    configs.use_network(config, "deeplab_v2", dropout=0.5)
+    configs.use_network(config, "pspnet", student="b", channels=32)
+    config.method = ConfigDict({"name": "mkd"})
+    stored = json.loads(config.to_json_best_effort())
+    del stored["model"]["aspp_rates"], stored["model_b"]["pool_bins"]  # as if they were newer
+    (path / "config.json").write_text(json.dumps(stored))
+    run = open_trained(path)
+    for student in "ab":
+        assert configs.model_of(run.config, student) == configs.model_of(config, student)
+
+
 def contents(folder):
     return {
         path.relative_to(folder): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
