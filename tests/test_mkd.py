@@ -135,6 +135,32 @@ def test_running_statistics_equal_those_of_everything_seen(full):
 
 
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("before", [0, 3], ids="{}_batches_before".format)
+def test_statistics_of_devices_equal_those_of_everything_seen(full, before):
+    """On the last device nothing is labeled, and one class is there on a single one."""
+    batches = [random_features(seed) for seed in range(before + 8)]
+    batches[-1][1][:] = 255
+    for _, labels in batches[:-2]:
+        labels[labels == 0] = 255
+    old = mkd.empty_statistics(jnp.zeros((A, C)), full=full)
+    for features, labels in batches[:before]:
+        images = jnp.asarray(features), jnp.asarray(labels)
+        old = mkd.merge(old, mkd.feature_statistics(*images, like=old))
+
+    def on_device(features, labels):
+        new = mkd.merge(old, mkd.feature_statistics(features, labels, like=old))
+        return mkd.merge_devices(old, new, "data")
+
+    of_devices = (np.stack(x) for x in zip(*batches[before:], strict=True))
+    found = jax.pmap(on_device, "data", out_axes=None)(*of_devices)
+    features, labels = (np.concatenate(x) for x in zip(*batches, strict=True))
+    expected = statistics_of(features, labels, full)
+    np.testing.assert_array_equal(found.count, expected.count)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.m2, expected.m2, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("full", [False, True])
 def test_covariance_has_no_gradient(full):
     features, labels = random_features(0)
     empty = mkd.empty_statistics(jnp.zeros((A, C)), full=full)

@@ -103,3 +103,173 @@ def test_a_step_of_every_method_leaves_the_same_on_all_devices(name):
     for student in phase.train:
         before = start(method).params[student]["head"]["kernel"]
         assert (after.params[student]["head"]["kernel"] != before).any()
+
+
+@pytest.mark.parametrize(
+    ("method", "index"),
+    [
+        (supervised.Method(), -1),
+        (cps.Method(cutmix=False), -1),
+        (dars.Method(), 1),
+        (dmt.Method(), -1),
+        (mkd.Method(strong=False, feature_augmentation=False, teacher_stats="own"), -1),
+    ],
+    ids=lambda value: getattr(value, "__module__", ""),
+)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_it_equals_the_mesh_where_denominators_do(method, index, devices):
+    phase = phase_of(method, index)
+    batch = batch_of(phase, ignored=devices == 1)
+    ours, theirs = (
+        run(method, phase, batch, parallel, devices=devices)[0] for parallel in ("pmap", "mesh")
+    )
+    assert_close(ours, theirs)
+
+
+def variables_of(method):
+    return jax.device_get(start(method).network("a"))
+
+
+def device_loss(logits, labels, devices=8):
+    """Mean over the devices of the mean over each one's labeled pixels, in NumPy."""
+    parts = (np.split(x, devices) for x in (nearest(logits, SIZE), labels))
+    return np.mean([cross_entropy(*part) for part in zip(*parts, strict=True)])
+
+
+def test_every_device_has_a_denominator_of_its_own():
+    """The loss in NumPy, and the update by the gradient of what one program over the whole batch
+    says of it; the mesh says something else.
+    """
+    method = supervised.Method()
+    phase = phase_of(method)
+    batch = batch_of(phase, ignored=True)
+    image, valid, label = (batch["labeled"][name] for name in ("image", "valid", "label"))
+    params, stats = variables_of(method)
+    logits, _, new_stats = conftest.forward((params, stats), image, valid)
+    after, metrics = run(method, phase, batch, "pmap")
+    np.testing.assert_allclose(metrics["loss"][0], device_loss(logits, label), rtol=1e-5)
+    total, count = metrics["loss_supervised"]
+    np.testing.assert_allclose(total / count, device_loss(logits, label), rtol=1e-5)
+    np.testing.assert_allclose(after.stats["a"]["mean"], new_stats["mean"], rtol=1e-4)
+
+    def loss(params):
+        outputs, _ = Linear().apply(params, stats, image, valid=valid, batch_stats=True)
+        logits = nearest(jax.nn.log_softmax(outputs.logits), SIZE)
+        terms = jnp.take_along_axis(logits, jnp.minimum(label, 3)[..., None], -1)[..., 0]
+        weights = label != IGNORE_LABEL
+        counts = weights.reshape(8, -1).sum(1).repeat(2)[:, None, None]
+        return -(terms * weights / counts).sum() / 8
+
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+    assert_close(after.params["a"], expected)
+    other, _ = run(method, phase, batch, "mesh")
+    assert np.abs(other.params["a"]["head"]["bias"] - expected["head"]["bias"]).max() > 1e-3
+
+
+def test_accumulation_takes_every_other_row_of_each_device():
+    method = supervised.Method()
+    phase = phase_of(method)
+    batch = batch_of(phase, ignored=True)
+    losses = []
+    for first in range(2):
+        image, valid, label = (
+            batch["labeled"][name][first::2] for name in ("image", "valid", "label")
+        )
+        logits, _, _ = conftest.forward(variables_of(method), image, valid)
+        losses.append(device_loss(logits, label))
+    _, metrics = run(method, phase, batch, "pmap", accumulate=2)
+    np.testing.assert_allclose(metrics["loss"][0], np.mean(losses), rtol=1e-5)
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_feature_statistics_are_those_of_the_whole_batch(covariance):
+    method = mkd.Method(strong=False, covariance=covariance, augment="all")
+    phase = phase_of(method)
+    batch = batch_of(phase, ignored=True)
+    ours, theirs = (run(method, phase, batch, parallel)[0].extra for parallel in ("pmap", "mesh"))
+    assert set(ours["features"]) == {"a", "b", TEACHER + "a", TEACHER + "b"}
+    assert int(ours["features"]["a"].count.sum()) > 0
+    assert_close(ours, theirs, atol=1e-3)
+
+
+@pytest.fixture(params=["mkd", "dars"])
+def config(request, monkeypatch):
+    """A short run on two devices; DARS labels images before its round."""
+    config = conftest.dars_config(monkeypatch)
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda devices=None: MAKE_MESH((devices or jax.devices())[:2])
+    )
+    config.update(parallel="pmap", warmup=4, steps=5)
+    if request.param == "dars":
+        config.method.update(ratios=(0.5,), beta_min=(0.0,), beta_max=(0.0,))
+    else:
+        config.method = configs.mkd()
+    config.log.every, config.eval.every, config.checkpoint.every = 1, 5, 2
+    return config
+
+
+def leaves(workdir):
+    """Of the newest checkpoint."""
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        step, _ = checkpoints.latest()
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+            dict(checkpoints._manager.item_metadata(step)["state"].tree),
+        )
+        return jax.tree.leaves(checkpoints.restore(step, shapes))
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_is_killed_and_resumes_bit_for_bit(config, tmp_path, monkeypatch):
+    whole, killed, save, pmap = tmp_path / "whole", tmp_path / "killed", train.save, jax.pmap
+    compiled = []
+
+    def killing(run, index, state, step):
+        save(run, index, state, step)
+        if step == 6:
+            run.checkpoints.wait()
+            raise Killed
+
+    def noting(step, *arguments, **options):
+        compiled.append(step)
+        return pmap(step, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "pmap", noting)
+        assert phases.run(config, whole) == 0
+    assert len(compiled) == 2  # phases
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", killing)
+        with pytest.raises(Killed):
+            phases.run(config, killed)
+    assert phases.run(config, killed) == 0
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (whole, killed)
+    ]
+    assert lines[0] == lines[1]
+    assert lines[0][-1]["step"] == 9
+    assert 0 < lines[0][-1]["val/miou"] < 1
+    for mine, theirs in zip(leaves(whole), leaves(killed), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+    config.parallel = "mesh"
+    with pytest.raises(UserError, match="parallel: pmap -> mesh"):
+        phases.run(config, killed)
+
+
+def test_an_unknown_word_is_refused():
+    config = configs.default()
+    config.parallel = "ddp"
+    with pytest.raises(UserError, match=r"parallel='ddp'\. There are: mesh, pmap"):
+        configs.check(config)
+
+
+def test_a_batch_that_cannot_be_split_is_refused(config, tmp_path):
+    config.batch.update(labeled=3, unlabeled=3)
+    with pytest.raises(UserError, match=r"batch.labeled=3 .* 2 devices"):
+        phases.run(config, tmp_path)
