@@ -1,6 +1,7 @@
 """What holds for several methods, and how they are found by name."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from conftest import Linear, make_state, plan, random_batch
 
 from jaxssl import methods, sharding
+from jaxssl.contracts import UserError
 
 SIZE = (16, 24)
 PASSES = {
@@ -65,3 +67,65 @@ def test_losses_are_those_of_the_global_batch(name):
         lambda one, all: np.testing.assert_allclose(one, all, rtol=1e-4, atol=1e-6), *found
     )
     assert found[0][1].metrics["loss_supervised"][0] < found[0][0]
+
+
+MINE = """
+import dataclasses
+
+from jaxssl.methods import supervised
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(supervised.Method):
+    temperature: float = 1.0
+"""
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Modules of other people's, on the path."""
+    folder = tmp_path / "their_methods"
+    folder.mkdir()
+    (folder / "warm.py").write_text(MINE)
+    (folder / "empty.py").write_text("Method = dict\n")
+    (folder / "broken.py").write_text("import a_package_that_is_not_there\n")
+    (folder / "wrong.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "their_methods"]:
+        del sys.modules[name]
+
+
+def test_a_method_may_stand_outside_the_package(modules):
+    method = methods.load({"name": "their_methods.warm", "temperature": 2.0, "strong": True})
+    assert (method.temperature, method.strong, method.students) == (2.0, True, ("a",))
+    assert method == methods.load({"name": "their_methods.warm", **dataclasses.asdict(method)})
+    with pytest.raises(UserError, match=r"'their_methods.warm' has no field 'heat'.*temperature"):
+        methods.load({"name": "their_methods.warm", "heat": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mkt", r"Unknown method.name 'mkt'. There are: cps, .*mkd, .*a dot in its name"),
+        ("", "Unknown method.name ''"),
+        (".warm", "Unknown method.name '.warm'"),
+        ("their_methods.cold", r"no module 'their_methods.cold'.*PYTHONPATH.*workdir is opened"),
+        ("theirs.warm", r"no module 'theirs.warm'.*where the folder theirs is"),
+        ("their_methods/warm.py", "no module 'their_methods/warm.py'"),
+        ("warm.py", "no module 'warm.py'"),
+        ("their_methods.empty", r"empty.py has no class Method\(contracts.Method\)"),
+        ("os.path", r"has no class Method"),
+    ],
+)
+def test_what_is_no_method_is_told(name, words, modules):
+    with pytest.raises(UserError, match=words):
+        methods.load({"name": name})
+
+
+@pytest.mark.parametrize(
+    ("module", "error"), [("broken", ModuleNotFoundError), ("wrong", ZeroDivisionError)]
+)
+def test_mistakes_inside_a_module_stay_what_they_are(module, error, modules):
+    with pytest.raises(error):
+        methods.load({"name": f"their_methods.{module}"})
