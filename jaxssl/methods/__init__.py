@@ -27,9 +27,9 @@ def load(config: Mapping[str, Any]) -> contracts.Method:
     Raises:
       UserError: there is no such method, or it has no such field.
     """
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     name = fields.pop("name")
-    method: Any = _outside(name) if "." in name.strip(".") else _inside(name)
+    method = _outside(name) if "." in name.strip(".") else _inside(name)
     accepted = [field.name for field in dataclasses.fields(method)]
     for field in fields:
         if field not in accepted:
