@@ -168,3 +168,106 @@ def test_json_round_trip():
     for damaged in (text.replace(split.labeled[0], "other"), text[:50], "{}"):
         with pytest.raises(UserError, match=r"splits\.json"):
             splits.Split.from_json(damaged)
+
+
+CLASSES = {image_id: (i * i) % 7 for i, image_id in enumerate(IDS)}
+
+
+def per_class(ids, classes=CLASSES):
+    return [sum(classes[i] == c for i in ids) for c in sorted(set(classes.values()))]
+
+
+def test_classes_are_drawn_alike_and_nested():
+    """Squares modulo 7 are 0, 1, 2 or 4, the latter three twice as often as 0."""
+    before = ()
+    for count in (4, 6, 40, 43, 400, "1_8"):
+        labeled, unlabeled = splits.make(IDS, str(count), 3, classes=CLASSES)
+        numbers = per_class(labeled)
+        assert max(numbers) - min(numbers) <= 1
+        assert sum(numbers) == (372 if count == "1_8" else count)
+        assert set(labeled) | set(unlabeled) == set(IDS)
+        if count == "1_8":
+            before = splits.make(IDS, "40", 3, classes=CLASSES)[0]
+        assert set(before) <= set(labeled)
+        before = labeled
+    shuffled = random.Random(1).sample(IDS, len(IDS))
+    assert (
+        splits.make(shuffled, "400", 3, classes=CLASSES)[0]
+        == splits.make(IDS, "400", 3, classes=CLASSES)[0]
+    )
+    assert splits.make(IDS, "40", 4, classes=CLASSES) != splits.make(IDS, "40", 3, classes=CLASSES)
+
+
+def test_of_a_class_the_first_by_hash_are_drawn():
+    labeled, _ = splits.make(IDS, "40", 3, classes=CLASSES)
+    for label in (0, 1, 2, 4):
+        mine = [i for i in IDS if CLASSES[i] == label]
+        first = sorted(mine, key=lambda i: hashlib.sha256(f"3/{i}".encode()).digest())[:10]
+        assert {i for i in labeled if CLASSES[i] == label} == set(first)
+
+
+def test_a_class_with_few_images_gives_what_it_has():
+    classes = {f"{i:03d}": min(i, 3) for i in range(103)}  # one of 0, 1 and 2 each, 100 of 3
+    labeled, _ = splits.make(classes, "20", 0, classes=classes)
+    assert per_class(labeled, classes) == [1, 1, 1, 17]
+
+
+def test_an_image_without_a_class_is_never_drawn():
+    classes = {image_id: CLASSES[image_id] for image_id in IDS[::2]}
+    labeled, unlabeled = splits.make(IDS, "all", 0, classes=classes)
+    assert labeled == IDS[::2]
+    assert unlabeled == IDS[1::2]
+    with pytest.raises(UserError, match=r"asks for 1489 labeled images; there are 1488"):
+        splits.make(IDS, "1489", 0, classes=classes)
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES])
+def test_what_is_held_out_is_neither_labeled_nor_unlabeled(classes):
+    without = splits.choose(DATA, IDS, ["extra"], classes)
+    split = splits.choose(DATA | {"validation": 80}, IDS, ["extra"], classes)
+    assert len(split.holdout) == 80
+    assert split.labeled == without.labeled
+    assert set(split.unlabeled) == set(without.unlabeled) - set(split.holdout)
+    assert without.holdout == ()
+    more = splits.choose(DATA | {"validation": 120, "split": "1_2"}, IDS, (), classes)
+    assert set(split.holdout) <= set(more.holdout)
+    if classes:
+        assert per_class(split.holdout) == [20] * 4
+    everything = splits.choose(DATA | {"validation": 80, "split": "all"}, IDS, (), classes)
+    assert set(everything.labeled) == set(IDS) - set(everything.holdout)
+    overlapping = splits.choose(DATA | {"validation": 80, "overlap": True}, IDS, (), classes)
+    assert set(overlapping.unlabeled) == set(IDS) - set(split.holdout)
+
+
+def test_lists_and_what_is_held_out(tmp_path):
+    data = DATA | {"labeled_list": write(tmp_path / "l.txt", IDS[:40]), "validation": 80}
+    split = splits.choose(data, IDS, (), CLASSES)
+    assert split.labeled == IDS[:40]
+    assert set(split.holdout).isdisjoint(IDS[:40])
+    named = data | {"unlabeled_list": write(tmp_path / "u.txt", split.holdout[:9] + IDS[40:50])}
+    others = splits.choose(named, IDS, (), CLASSES)
+    assert others.holdout == split.holdout
+    assert set(others.unlabeled) == set(IDS[40:50]) - set(split.holdout)
+
+
+@pytest.mark.parametrize("count", [-1, 2975, 5000])
+def test_too_much_to_hold_out_is_refused(count):
+    with pytest.raises(UserError, match=rf"data\.validation={count} cannot be held out of 2975"):
+        splits.choose(DATA | {"validation": count}, IDS)
+
+
+def test_no_class_is_held_out_whole():
+    classes = CLASSES | dict.fromkeys(IDS[:5], 6)
+    splits.choose(DATA | {"validation": 20}, IDS, (), classes)
+    with pytest.raises(UserError, match=r"takes all images of 1 classes, such as number 6"):
+        splits.choose(DATA | {"validation": 25}, IDS, (), classes)
+
+
+def test_json_of_a_split_with_a_holdout():
+    split = splits.choose(DATA | {"validation": 4}, IDS[:80], (), CLASSES)
+    assert splits.Split.from_json(split.to_json()) == split
+    assert split.hash["holdout"] == sha(split.holdout)
+    assert "by class" in split.family
+    assert "holdout" not in splits.choose(DATA, IDS[:80]).to_json()
+    with pytest.raises(UserError, match=r"splits\.json"):
+        splits.Split.from_json(split.to_json().replace(split.holdout[0], "other"))

@@ -1,7 +1,8 @@
-"""Readers by name, and the two image sets that training reads."""
+"""Readers by name, and the image sets that training reads."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import pkgutil
@@ -9,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 import jaxssl.data
-from jaxssl.contracts import Record, Source, UserError
+from jaxssl.contracts import IGNORE_LABEL, Record, Source, UnreadableError, UserError
 from jaxssl.data import splits
 
 
@@ -42,24 +45,44 @@ def load(
 
 
 def training_sets(config_data: Mapping[str, Any]) -> tuple[splits.Split, dict[str, Source]]:
-    """Splits the training images and opens both parts.
+    """Splits the training images and opens the parts.
 
     Returns:
       The split, and the sources "labeled" and "unlabeled"; the latter has no labels, and may be
-      empty where every image is labeled.
+      empty where every image is labeled. "holdout" is a third one, with labels, where
+      `data.validation` is a number of images to hold out.
 
     Raises:
       UserError: as `load` and `splits.choose`.
     """
     train = load(config_data, "train", labels=False)
     extra = load(config_data, "train_extra", labels=False).ids if config_data.get("extra") else ()
-    split = splits.choose(config_data, train.ids, extra)
+    split = splits.choose(config_data, train.ids, extra, _known_classes(config_data, train))
     labeled = load(config_data, "train", True, split.labeled)
     split = dataclasses.replace(split, note=getattr(labeled, "note", ""))
-    return split, {
+    sources = {
         "labeled": labeled,
         "unlabeled": load(config_data, _unlabeled(config_data), False, split.unlabeled),
     }
+    if split.holdout:
+        sources["holdout"] = load(config_data, "train", True, split.holdout)
+    return split, sources
+
+
+def class_ids(source: Source) -> np.ndarray:
+    """Class of each image of a source with labels of whole images, uint8 `[n]`, 255 where it has
+    none, or cannot be read.
+
+    From the source's `class_ids`, if it has these, without decoding an image; else every one is
+    read.
+    """
+    if (known := getattr(source, "class_ids", None)) is not None:
+        return known
+    found = np.full(len(source), IGNORE_LABEL, np.uint8)
+    for i in range(len(source)):
+        with contextlib.suppress(UnreadableError):
+            found[i] = source[i].get("label", IGNORE_LABEL)
+    return found
 
 
 def truth(config_data: Mapping[str, Any], split: splits.Split) -> Source:
@@ -69,6 +92,16 @@ def truth(config_data: Mapping[str, Any], split: splits.Split) -> Source:
       UserError: as `load`, where an image has no label.
     """
     return load(config_data, _unlabeled(config_data), True, split.unlabeled)
+
+
+def _known_classes(config_data: Mapping[str, Any], train: Source) -> dict[str, int] | None:
+    """Class of each training image that has one as a whole, where a split is to heed them."""
+    listed = config_data.get("labeled_list") and not config_data.get("validation")
+    if train.info.task != "classification" or listed:
+        return None
+    source = load(config_data, "train", labels=True)
+    found = zip(source.ids, class_ids(source).tolist(), strict=True)
+    return {image_id: label for image_id, label in found if label != IGNORE_LABEL}
 
 
 def _unlabeled(config_data: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import functools
@@ -29,6 +30,8 @@ class Split:
       family: where the split comes from, such as "u2pl 186 labeled (...)" or "jaxssl 1_16".
       seed: of a seeded split; None where a list file decided.
       note: what the reader says of the labels, such as "662 labels: 133 fine, 529 coarse".
+      holdout: sorted ids of training images that nothing learns from: they choose the best
+        checkpoint where the validation images are to be a test set.
     """
 
     labeled: tuple[str, ...]
@@ -36,15 +39,20 @@ class Split:
     family: str
     seed: int | None = None
     note: str = ""
+    holdout: tuple[str, ...] = ()
 
     @property
     def hash(self) -> dict[str, str]:
-        """Fingerprints of both id sets."""
-        return {"labeled": fingerprint(self.labeled), "unlabeled": fingerprint(self.unlabeled)}
+        """Fingerprints of the id sets; an empty holdout has none."""
+        sets = {"labeled": self.labeled, "unlabeled": self.unlabeled, "holdout": self.holdout}
+        return {name: fingerprint(ids) for name, ids in sets.items() if ids or name != "holdout"}
 
     def to_json(self) -> str:
         """The text of `splits.json`."""
-        return json.dumps(dataclasses.asdict(self) | {"hash": self.hash}, indent=1) + "\n"
+        values = dataclasses.asdict(self) | {"hash": self.hash}
+        if not self.holdout:
+            del values["holdout"]
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Split:
@@ -55,9 +63,10 @@ class Split:
         """
         advice = "Restore the file, or start in a new workdir."
         try:
-            stored = json.loads(text)
+            stored = {"holdout": (), **json.loads(text)}
             expected = stored.pop("hash")
-            ids = {name: tuple(stored.pop(name)) for name in ("labeled", "unlabeled")}
+            sets = ("labeled", "unlabeled", "holdout")
+            ids = {name: tuple(stored.pop(name)) for name in sets}
             split = cls(**ids, **stored)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"splits.json is damaged ({error!r}). {advice}") from error
@@ -66,15 +75,23 @@ class Split:
         return split
 
 
-def choose(config_data: Mapping[str, Any], ids: Sequence[str], extra: Sequence[str] = ()) -> Split:
+def choose(
+    config_data: Mapping[str, Any],
+    ids: Sequence[str],
+    extra: Sequence[str] = (),
+    classes: Mapping[str, int] | None = None,
+) -> Split:
     """Splits training images as the config says.
 
     Args:
       config_data: `split` and `seed` draw the labeled images, unless the file `labeled_list`
         names them; the unlabeled images are the others, unless the file `unlabeled_list` names
-        them. `overlap` True leaves the labeled images among the unlabeled ones.
+        them. `overlap` True leaves the labeled images among the unlabeled ones. `validation` is how
+        many images are held out; they are neither.
       ids: all training images.
       extra: further images that only the unlabeled set gets.
+      classes: class of each training image, where images have one as a whole; as many of each are
+        drawn then. One that is missing is never drawn.
 
     Raises:
       UserError: a list cannot be read or names unknown images, or a set is empty, or the sets
@@ -86,33 +103,47 @@ def choose(config_data: Mapping[str, Any], ids: Sequence[str], extra: Sequence[s
         config_data.get("unlabeled_list"),
     )
     overlap = bool(config_data.get("overlap"))
+    listed = read_list(labeled_list, ids) if labeled_list else ()
+    count = config_data.get("validation") or 0
+    held = hold_out(set(ids) - set(listed), count, seed, classes)
     if labeled_list:
-        labeled = read_list(labeled_list, ids)
+        labeled = listed
         family = recognize(labeled) or f"list {labeled_list}"
     else:
-        labeled, _ = make(ids, share, seed, overlap=overlap)
-        family = f"{SEEDED_FAMILY} {share}"
+        labeled, _ = make(ids, share, seed, overlap=overlap, classes=classes, holdout=held)
+        family = f"{SEEDED_FAMILY} {share}" + (" by class" if classes is not None else "")
     if unlabeled_list:
         unlabeled = read_list(unlabeled_list, [*ids, *extra])
     else:
         unlabeled = tuple(sorted({*ids, *extra} - (set() if overlap else set(labeled))))
+    unlabeled = tuple(sorted(set(unlabeled) - set(held)))
     if not overlap:
         _refuse_overlap(labeled, unlabeled)
-    return Split(labeled, unlabeled, family, None if labeled_list else seed)
+    return Split(labeled, unlabeled, family, None if labeled_list else seed, holdout=held)
 
 
 def make(
-    ids: Iterable[str], split: str, seed: int, *, overlap: bool = False
+    ids: Iterable[str],
+    split: str,
+    seed: int,
+    *,
+    overlap: bool = False,
+    classes: Mapping[str, int] | None = None,
+    holdout: Collection[str] = (),
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Draws the labeled images by id, so that the order of the files plays no part.
 
-    Splits of one seed are nested: the images of 1_16 are among those of 1_8.
+    Splits of one seed are nested: the images of 1_16 are among those of 1_8. What is held out does
+    not change which images are labeled, unless it takes them.
 
     Args:
       ids: all training images.
-      split: a share such as "1_16", rounded half up; a count such as "100"; or "all".
+      split: a share of them such as "1_16", rounded half up; a count such as "100"; or "all".
       seed: another seed gives other images.
       overlap: whether the labeled images are unlabeled ones as well.
+      classes: of the images that may be labeled: as many of each class are, but for a remainder
+        and for classes that have no more. None draws without heed to classes.
+      holdout: images that are neither labeled nor unlabeled.
 
     Returns:
       Sorted labeled and unlabeled ids. "all" leaves no unlabeled ones, without overlap.
@@ -120,16 +151,63 @@ def make(
     Raises:
       UserError: the split cannot be understood, or leaves no labeled or no unlabeled image.
     """
-    order = seeded_order(ids, seed)
-    count = _labeled_count(split, len(order))
-    labeled, rest = order[:count], order[count:]
-    unlabeled = order if overlap else rest
+    everything, held = seeded_order(ids, seed), set(holdout)
+    order = [i for i in everything if i not in held and (classes is None or i in classes)]
+    count = _labeled_count(split, len(everything), len(order))
+    labeled = set(_by_turns(order, classes)[:count])
+    unlabeled = set(everything) - held - (set() if overlap else labeled)
     if not labeled or not (unlabeled or split == "all"):
         raise UserError(
             f"data.split={split} leaves {len(labeled)} labeled and {len(unlabeled)} unlabeled of "
-            f"{len(order)} images. Choose another share or count, or all for supervised training."
+            f"{len(everything)} images. Choose another share or count, or all for supervised "
+            "training."
         )
     return tuple(sorted(labeled)), tuple(sorted(unlabeled))
+
+
+def hold_out(
+    ids: Iterable[str], count: int, seed: int, classes: Mapping[str, int] | None = None
+) -> tuple[str, ...]:
+    """Draws images that nothing is to learn from: of each class those that `make` takes last.
+
+    Args:
+      ids: of the images.
+      count: how many.
+      seed: another seed gives other images.
+      classes: as for `make`.
+
+    Raises:
+      UserError: nothing would be left, or nothing of a class.
+    """
+    if not count:
+        return ()
+    order = [i for i in seeded_order(ids, seed) if classes is None or i in classes]
+    if not 0 < count < len(order):
+        raise UserError(
+            f"data.validation={count} cannot be held out of {len(order)} training images with "
+            "labels. Choose fewer, or 0 for none."
+        )
+    held = set(_by_turns(order[::-1], classes)[:count])
+    if classes is not None:
+        left = {classes[image_id] for image_id in order if image_id not in held}
+        if gone := sorted({classes[image_id] for image_id in held} - left):
+            raise UserError(
+                f"data.validation={count} takes all images of {len(gone)} classes, such as number "
+                f"{gone[0]}, counted from 0. Choose fewer, or 0 for none."
+            )
+    return tuple(sorted(held))
+
+
+def _by_turns(ids: Iterable[str], classes: Mapping[str, int] | None) -> list[str]:
+    """The first of each class, then the second of each, and so on; else in the order given."""
+    if classes is None:
+        return list(ids)
+    seen = collections.Counter()
+    turns: dict[str, int] = {}
+    for image_id in ids:
+        turns[image_id] = seen[classes[image_id]]
+        seen[classes[image_id]] += 1
+    return sorted(turns, key=turns.__getitem__)
 
 
 def seeded_order(ids: Iterable[str], seed: int) -> tuple[str, ...]:
@@ -228,9 +306,10 @@ def _tails(path: str) -> Iterator[str]:
         yield path
 
 
-def _labeled_count(split: str, total: int) -> int:
+def _labeled_count(split: str, total: int, most: int) -> int:
+    """How many of `total` images a split means, of which `most` may be labeled."""
     if split == "all":
-        return total
+        return most
     if share := re.fullmatch(r"(\d+)_([1-9]\d*)", split):
         part, whole = int(share[1]), int(share[2])
         count = (2 * total * part + whole) // (2 * whole)
@@ -241,8 +320,8 @@ def _labeled_count(split: str, total: int) -> int:
             f"data.split={split!r} is not understood. Use a share such as 1_16, a count such as "
             "100, or all."
         )
-    if count > total:
-        raise UserError(f"data.split={split} asks for {count} labeled images; there are {total}.")
+    if count > most:
+        raise UserError(f"data.split={split} asks for {count} labeled images; there are {most}.")
     return count
 
 

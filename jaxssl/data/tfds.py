@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -81,17 +82,32 @@ class Prepared:
         parts = _parts(builder, split, settings["splits"], manifest)
         position = _positions(builder, parts, manifest, settings["id_key"])
         self.ids = tuple(sorted(position)) if ids is None else known_ids(ids, position)
-        if labels:
+        label = dict(builder.info.features.items()).get(settings["label_key"])
+        # A class id may be none; that images have one is asked for by naming them.
+        if labels and (ids is not None or _task(label) == "segmentation"):
             self._refuse_unlabeled(parts, manifest)
         self._keys = (settings["image_key"], settings["label_key"])[: 1 + labels]
         self._features = _features(builder, self._keys)
         _refuse_no_image(builder, self._keys[0])
         self._records = _records(builder, "+".join(parts.values()))
         self._positions = tuple(position[image_id] for image_id in self.ids)
-        label = dict(builder.info.features.items()).get(settings["label_key"])
         table = _class_table(settings, manifest, label, self._folder)
         self.info = dataclasses.replace(table.info, task=_task(label))
         self._classes, self._lookup = table.names, _lookup(table)
+
+    @property
+    def class_ids(self) -> np.ndarray | None:
+        """Class of each image, uint8 `[len(self)]`, 255 where it has none or its record is damaged;
+        None where images have no class as a whole, or without labels. No image is decoded.
+        """
+        if self.info.task == "segmentation" or len(self._keys) < 2:
+            return None
+        found = np.full(len(self), IGNORE_LABEL, np.uint8)
+        for i, image_id in enumerate(self.ids):
+            where = f"{image_id} in {self._folder}"
+            with contextlib.suppress(UnreadableError):
+                found[i] = self._to_labels(_values(self._read(i, where)[1], where), where)
+        return found
 
     def __len__(self) -> int:
         return len(self.ids)
