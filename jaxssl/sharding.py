@@ -1,8 +1,8 @@
 """Where arrays live: one mesh axis, batches split along it, everything else on every device.
 
 A training step sees the global batch, and the compiler splits the work ("mesh"); or it runs on each
-device and sees that device's part alone ("pmap"). Either way the state is one array of each, the
-same on every device, so that nothing else has to know.
+device and sees that device's part alone ("pmap"). Either way every device holds the whole state, so
+evaluation, sweeps and checkpoints need not know which.
 """
 
 from __future__ import annotations

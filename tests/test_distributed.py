@@ -1,5 +1,6 @@
 """Two local processes train as one with two devices does; and what ends one ends the other."""
 
+import functools
 import json
 import os
 import re
@@ -132,9 +133,11 @@ def leaves(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(program, tmp_path):
+@pytest.mark.parametrize("parallel", ["mesh", "pmap"])
+def test_two_processes_train_as_one_does(program, tmp_path, parallel):
     """They are killed once, and resumed; all of it within float32's rounding."""
     one, two = tmp_path / "one", tmp_path / "two"
+    program = functools.partial(program, parallel=parallel)
     finish(program(one, devices=2))
     interrupted = pair(program, two)
     wait_for_checkpoint(two)
