@@ -259,7 +259,7 @@ def test_too_much_to_hold_out_is_refused(count):
 def test_no_class_is_held_out_whole():
     classes = CLASSES | dict.fromkeys(IDS[:5], 6)
     splits.choose(DATA | {"validation": 20}, IDS, (), classes)
-    with pytest.raises(UserError, match=r"takes all images of 1 classes, such as number 6"):
+    with pytest.raises(UserError, match=r"takes all images of 1 class\(es\), such as number 6"):
         splits.choose(DATA | {"validation": 25}, IDS, (), classes)
 
 

@@ -140,7 +140,7 @@ def _parts(root: Path) -> dict[str, _Part]:
     folders = {part: found for part in PARTS if (found := _folders(root, part))}
     parts: dict[str, _Part] = {}
     for part in PARTS:
-        if name := _first(root, (f"{name}.txt" for name in PARTS[part]), Path.is_file):
+        if name := first_named(root, (f"{name}.txt" for name in PARTS[part]), Path.is_file):
             parts[part] = _read_list(root, name, part, folders.get(part))
     for part in (VAL, UNLABELED, TRAIN):  # in images/ of training may be the others
         if part in folders and part not in parts:
@@ -216,17 +216,17 @@ def _folders(root: Path, part: str) -> _Folders | None:
     Unlabeled images stand in the root, or beside those for training.
     """
     names = PARTS[part]
-    folder, whole = _first(root, names), _pair(root, "")
+    folder, whole = first_named(root, names), _pair(root, "")
     if part == UNLABELED:
-        for place in ("", *(whole or ())[:1], _first(root, PARTS[TRAIN]) or ""):
-            if found := _first(root / place, names):
-                images = _first(root / place / found, IMAGE_FOLDERS) or ""
+        for place in ("", *(whole or ())[:1], first_named(root, PARTS[TRAIN]) or ""):
+            if found := first_named(root / place, names):
+                images = first_named(root / place / found, IMAGE_FOLDERS) or ""
                 return str(PurePosixPath(place, found, images)), None
         return None
-    beside = _first(root, (f"{name}{end}" for name in names for end in PAIR_ENDS))
+    beside = first_named(root, (f"{name}{end}" for name in names for end in PAIR_ENDS))
     if folder and beside:
         return folder, beside
-    inner = [f"{half}/{name}" for half in whole or () if (name := _first(root / half, names))]
+    inner = [f"{half}/{name}" for half in whole or () if (name := first_named(root / half, names))]
     if len(inner) == 2:
         return inner[0], inner[1]
     return (folder and _pair(root, folder)) or (whole if part == TRAIN else None)
@@ -235,7 +235,7 @@ def _folders(root: Path, part: str) -> _Folders | None:
 def _read_folders(root: Path, part: str, folders: _Folders, taken: Collection[str] = ()) -> _Part:
     image_folder, label_folder = folders
     if label_folder is None:
-        images, labels, where = _list_files(root, image_folder), {}, f"{image_folder}/"
+        images, labels, where = list_files(root, image_folder), {}, f"{image_folder}/"
     else:
         images, labels = _match(root, image_folder, label_folder)
         where = f"{image_folder}/ with masks in {label_folder}/"
@@ -265,7 +265,7 @@ def _named(root: Path, name: str, part: str, folders: _Folders | None) -> dict[s
     if _inside(root, first):
         return {}
     for owner, pair in dict.fromkeys(((part, folders), (TRAIN, _pair(root, "")))):
-        paths = _list_files(root, pair[0]).values() if pair else ()
+        paths = list_files(root, pair[0]).values() if pair else ()
         if pair and any(first in _names(path, pair[0]) for path in paths):
             found = _read_folders(root, owner, pair)
             return {
@@ -326,7 +326,7 @@ def _inside(root: Path, path: str) -> str | None:
 
 def _match(root: Path, image_folder: str, label_folder: str) -> tuple[Files, Files]:
     """Images, and masks by the id of the image of the same name, less what ends of names say."""
-    images, masks = _list_files(root, image_folder), _list_files(root, label_folder)
+    images, masks = list_files(root, image_folder), list_files(root, label_folder)
     if not images:
         raise UserError(f"{root / image_folder} holds no image. {_suffixes()}")
     short = collections.defaultdict(list)
@@ -352,7 +352,7 @@ def _match(root: Path, image_folder: str, label_folder: str) -> tuple[Files, Fil
     return images, dict(sorted(labels.items()))
 
 
-def _list_files(root: Path, folder: str) -> Files:
+def list_files(root: Path, folder: str) -> Files:
     """Path in the folder without suffix -> path in the root, of all files that may be images."""
     found: Files = {}
     for place, folders, names in os.walk(root / folder, followlinks=True):
@@ -382,14 +382,14 @@ def _add(files: Files, key: str, path: str) -> None:
 
 def _pair(root: Path, folder: str) -> tuple[str, str] | None:
     """The folders of images and of masks in a folder, if both are there."""
-    images = _first(root / folder, IMAGE_FOLDERS)
-    labels = _first(root / folder, LABEL_FOLDERS)
+    images = first_named(root / folder, IMAGE_FOLDERS)
+    labels = first_named(root / folder, LABEL_FOLDERS)
     if images is None or labels is None:
         return None
     return str(PurePosixPath(folder) / images), str(PurePosixPath(folder) / labels)
 
 
-def _first(
+def first_named(
     folder: Path, names: Iterable[str], kind: Callable[[Path], bool] = Path.is_dir
 ) -> str | None:
     """The first of some names that is a folder, as it is spelled on disk; case does not matter."""
