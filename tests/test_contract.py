@@ -2,7 +2,7 @@
 
 Each class is a method as the engine sees it. Its phases are complete, and its loss forwards the
 networks that the paper forwards, on the streams and in the BatchNorm mode it does. Where an
-equation is not the point, the library's cross entropy stands for it. MKD, DMT and DARS are the
+equation is not the point, the library's cross entropy stands for it. MKD, RML, DMT and DARS are the
 library's own.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import stream_arrays
 
-from jaxssl import contracts, losses, mixing, optim, sharding, views
+from jaxssl import contracts, losses, mixing, optim
 from jaxssl.contracts import (
     IGNORE_LABEL,
     Aux,
@@ -32,11 +32,10 @@ from jaxssl.contracts import (
     Weights,
 )
 from jaxssl.inference import WHOLE
-from jaxssl.methods import dars, dmt, mkd, supervised
+from jaxssl.methods import dars, dmt, mkd, rml, supervised
 from jaxssl.selection import TopShare
 from jaxssl.state import TEACHER, create
 from jaxssl.step import Clock, make_train_step
-from jaxssl.sweep import add_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,149 +220,6 @@ def push(extra, key, features, classes, *, most=2):
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class RML(contracts.Method):
-    """Demands two architectures, networks frozen where a phase begins, arrays that a pass over all
-    images fills before the phase and every step then moves, and noise of each student's own.
-    """
-
-    momentum: float = 0.9999
-
-    @property
-    def students(self):
-        return ("a", "b")
-
-    @property
-    def teachers(self):
-        return ("a", "b")
-
-    @property
-    def headline(self):
-        return "teacher_a"
-
-    @property
-    def labeler(self):
-        return "teacher_b"
-
-    def phases(self, plan):
-        steps = plan.main_steps("unlabeled")
-        plan = dataclasses.replace(plan, warmup=plan.warmup or steps // 5)
-        phases = list(supervised.warmup_phase(plan, self.students))
-        for name in ("stage_1", "stage_2"):
-            start = {a: Weights(phases[-1].name, TEACHER + a) for a in self.students}
-            first = Prototypes("labeled_prototypes", "labeled", start)
-            second = Prototypes("prototypes", "unlabeled", start, along=(first.name,))
-            stage = Phase(
-                name, steps, self.students, streams(plan), frozen=start, sweeps=(first, second)
-            )
-            phases.append(stage)
-        return tuple(phases)
-
-    def init_extra(self, nets, params):
-        shapes = {name: output_shapes(nets[name]) for name in self.students}
-        return {
-            "prototypes": {
-                name: jnp.zeros((outputs.logits.shape[-1], outputs.features.shape[-1]))
-                for name, outputs in shapes.items()
-            }
-        }
-
-    def ema_decay(self, phase, k):
-        if phase.name == supervised.WARMUP:
-            return 0.0
-        # The teachers of stage 2 are those of stage 1, which have long left their start behind.
-        return jnp.minimum(1 - 1 / (k + 1), 0.999) if phase.name == "stage_1" else 0.999
-
-    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
-        labeled_key, mask_key, *keys = jax.random.split(key, 6)
-        run = supervised.forward(nets, params, state.stats, batch["labeled"], labeled_key)
-        labels, loss = batch["labeled"]["label"], jnp.zeros(())
-        for name, net in nets.items():
-            loss += supervised.loss_at_full_size(net, run.outputs[name], labels, auxiliary_weight=0)
-        if phase.name == supervised.WARMUP:
-            return loss, Aux(run.stats, state.teacher_stats, state.extra, {})
-        weak = batch["unlabeled"]
-        size = size_of(weak["image"])
-        mask = mixing.box_mask(mask_key, weak["image"].shape[0], size, boxes=1, area=(0.5, 0.5))
-        valid = mixing.mix(mask, weak["valid"])
-
-        prototypes, targets, stats = {}, {}, dict(run.stats)
-        for name, net in nets.items():
-            see = functools.partial(net.apply, valid=weak["valid"], batch_stats=False)
-            outputs, _ = see(*state.network(TEACHER + name), weak["image"])
-            first, _ = see(*frozen[name], weak["image"])
-            prototypes[name] = self._moved(state.extra["prototypes"][name], outputs, weak["valid"])
-            p = nearness(outputs.features, prototypes[name]) * jax.nn.softmax(first.logits)
-            target = mixing.mix(mask, net.resize(p, size).argmax(-1))
-            targets[name] = jnp.where(valid, target, IGNORE_LABEL)
-        for i, (name, net) in enumerate(nets.items()):
-            image = views.brightness(weak["image"], jax.random.uniform(keys[i], (), minval=0.5))
-            outputs, stats[name] = net.apply(
-                params[name],
-                stats[name],
-                mixing.mix(mask, image),
-                valid=valid,
-                batch_stats=True,
-                key=keys[2 + i],
-            )
-            logits = net.resize(outputs.logits, size)
-            for target in targets.values():
-                loss += losses.cross_entropy(logits, target)
-        extra = {"prototypes": prototypes}
-        return loss, Aux(stats, state.teacher_stats, extra, {})
-
-    def _moved(self, prototypes, outputs, valid):
-        seen = mixing.resize_nearest(valid, size_of(outputs.logits))
-        labels = jnp.where(seen, outputs.logits.argmax(-1), IGNORE_LABEL)
-        # One image as high as the whole batch: the mean is over its pixels.
-        features, labels = jnp.concatenate(outputs.features)[None], jnp.concatenate(labels)[None]
-        (means,), (present,) = class_means(features, labels, prototypes.shape[0])
-        moved = self.momentum * prototypes + (1 - self.momentum) * means
-        return jnp.where(present[:, None], moved, prototypes)
-
-
-def class_means(features, labels, num_classes):
-    """Mean feature per image and class `[B,C,D]`, and which classes an image has `[B,C]`."""
-    member = jax.nn.one_hot(labels, num_classes)
-    count = member.sum((1, 2))
-    total = jnp.einsum("bhwc,bhwd->bcd", member, features)
-    return total / jnp.maximum(count, 1)[..., None], count > 0
-
-
-def nearness(features, prototypes):
-    """Softmax of the negative distances of features `[B,h,w,D]` to prototypes `[C,D]`."""
-    difference = features[..., None, :] - prototypes[None, None, None]
-    return jax.nn.softmax(-jnp.sqrt((difference**2).sum(-1)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Prototypes:
-    """A sweep for each image set: the second one takes the sums of the first along."""
-
-    name: str
-    source: str
-    networks: Mapping[str, Weights]
-    along: tuple[str, ...] = ()
-
-    def update(self, nets, networks, extra, batch):
-        sums = {}
-        for name, variables in networks.items():
-            outputs, _ = nets[name].apply(*variables, batch["image"], batch_stats=False)
-            real = batch["index"][:, None, None] >= 0
-            labels = jnp.where(real, outputs.logits.argmax(-1), IGNORE_LABEL)
-            means, present = class_means(outputs.features, labels, len(extra["prototypes"][name]))
-            sums[name] = means.sum(0), present.sum(0)[:, None]
-        return sums
-
-    def finish(self, sums, extra):
-        parts = [sums[name] for name in (*self.along, self.name)]
-        means = {}
-        for name, old in extra["prototypes"].items():
-            totals, counts = (sum(part[name][i] for part in parts) for i in (0, 1))
-            means[name] = jnp.asarray(totals / np.maximum(counts, 1), old.dtype)
-        return {**extra, "prototypes": means}
-
-
 def weigh(logits, batch, gamma):
     """1 on labeled, DMT's dynamic weights on unlabeled positions."""
     pseudo, n = batch["unlabeled"], len(batch["labeled"]["image"])
@@ -462,7 +318,7 @@ STEPS = {
     ),
     # 90,000 steps a stage, and a fifth of that before.
     "rml": (
-        RML(),
+        rml.Method(),
         Plan(**CITYSCAPES, batch={"labeled": 4, "unlabeled": 4}, steps=90_000),
         {"warmup": 18_000, "stage_1": 90_000, "stage_2": 90_000},
     ),
@@ -666,7 +522,7 @@ class Small:
 SMALL = {
     "mkd": Small(mkd.Method()),
     "u2pl": Small(U2PL()),
-    "rml": Small(RML(), widths=(4, 6)),
+    "rml": Small(rml.Method(), widths=(4, 6)),
     "dmt": Small(DMT),
     "dmt_images": Small(DMTImages(), task="classification"),
     "dars": Small(dars.Method()),
@@ -783,68 +639,3 @@ class Watched:
         how = ("batch",) * batch_stats + ("noise",) * (key is not None)
         self.seen[self.owners[id(params)], image.shape[0], *how] += 1
         return self.net.apply(params, stats, image, valid=valid, batch_stats=batch_stats, key=key)
-
-
-NETS = {"a": Linear(stride=1), "b": Linear(width=6, stride=1)}
-
-
-@pytest.fixture(scope="module")
-def images():
-    rng = np.random.default_rng(0)
-    # Dark and bright images, so that no class is sure everywhere.
-    return {
-        "labeled": rng.integers(0, 256, (5, *SIZE, 3), np.uint8),
-        "unlabeled": (rng.random((7, *SIZE, 3)) * rng.uniform(50, 256, (7, 1, 1, 1))).astype(
-            np.uint8
-        ),
-    }
-
-
-def run_sweeps(phase, images, extra):
-    """The method's arrays after the sweeps of a phase."""
-    variables, sums, mesh = drawn(NETS), {}, sharding.make_mesh(jax.devices()[:1])
-    for sweep in phase.sweeps:
-        networks = {
-            n: variables[w.network.removeprefix(TEACHER)] for n, w in sweep.networks.items()
-        }
-        update = functools.partial(jit(functools.partial(sweep.update, NETS)), networks, extra)
-        sums[sweep.name] = add_up(update, in_order(images[sweep.source], 4), mesh)
-        extra = sweep.finish(sums, extra)
-    return extra
-
-
-def in_order(images, size):
-    """Batches as a sweep sees them: the last one is filled with rows of index -1."""
-    for first in range(0, len(images), size):
-        part = images[first : first + size]
-        missing = size - len(part)
-        index = np.append(np.arange(first, first + len(part)), np.full(missing, -1))
-        yield {
-            "image": np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.uint8)]),
-            "index": index.astype(np.int32),
-        }
-
-
-def numpy_forward(name, images):
-    """Features `[B,H,W,D]` and softmax `[B,H,W,C]` of a network of `NETS`."""
-    params, stats = jax.device_get(drawn(NETS)[name])
-    x = images / np.float32(255) @ params["backbone"]["kernel"] - stats["mean"]
-    features = np.maximum(x, 0)
-    logits = features @ params["head"]["kernel"] + params["head"]["bias"]
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    return features, p / p.sum(-1, keepdims=True)
-
-
-def test_sweeps_of_rml_fill_the_prototypes_of_both_teachers(images):
-    phase = SMALL["rml"].phases[1]
-    extra = run_sweeps(phase, images, RML().init_extra(NETS, {}))
-    for name, width in (("a", 4), ("b", 6)):
-        means = collections.defaultdict(list)
-        for image in np.concatenate([images["labeled"], images["unlabeled"]]):
-            features, p = numpy_forward(name, image)
-            for c in np.unique(p.argmax(-1)):
-                means[c].append(features[p.argmax(-1) == c].mean(0))
-        expected = np.zeros((3, width))
-        for c, values in means.items():
-            expected[c] = np.mean(values, 0)
-        np.testing.assert_allclose(extra["prototypes"][name], expected, rtol=1e-4, atol=1e-6)
