@@ -15,6 +15,7 @@ from conftest import (
 )
 
 from jaxssl import mixing
+from jaxssl.contracts import UserError
 from jaxssl.methods import cutmix_seg
 
 SIZE = (16, 24)
@@ -97,3 +98,11 @@ def test_all_pixels_are_taught_whatever_the_confidence():
     method = cutmix_seg.Method()
     assert method.pseudo_labels(logits).tolist() == [0, 1]
     assert method.headline == method.labeler == "teacher_a"
+
+
+def test_classification_is_refused():
+    batch = random_batch(padded=False)
+    for images in batch.values():
+        del images["valid"]
+    with pytest.raises(UserError, match="needs masks"):
+        loss_and_gradient(cutmix_seg.Method(), batch)

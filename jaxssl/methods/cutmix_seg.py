@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxssl import contracts, losses, mixing
-from jaxssl.contracts import Aux, Batch, Network, Params, Phase, Plan, Variables
+from jaxssl.contracts import Aux, Batch, Network, Params, Phase, Plan, UserError, Variables
 from jaxssl.methods import supervised
 from jaxssl.state import TEACHER, TrainState
 
@@ -96,6 +96,8 @@ class Method(contracts.Method):
         )
         if phase.name == supervised.WARMUP:
             return loss, aux
+        if "valid" not in batch["unlabeled"]:
+            raise UserError("CutMix-Seg mixes what is learned pixel by pixel: it needs masks.")
         images = {name: batch["unlabeled"][name] for name in ("image", "valid")}
         B, H, W = images["valid"].shape
         mask = mixing.box_mask(mask_key, B, (H, W), boxes=1, area=(0.5, 0.5))

@@ -126,4 +126,7 @@ class Method(contracts.Method):
             "loss_consistency": (consistency, jnp.ones(())),
             "kept": tuple(counts),
         }
-        return loss + self.weight * consistency, aux._replace(stats=student.stats, metrics=metrics)
+        # The average runs nowhere in training: statistics of its own would be the student's.
+        return loss + self.weight * consistency, Aux(
+            student.stats, student.stats, aux.extra, metrics
+        )
