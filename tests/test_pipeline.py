@@ -18,7 +18,7 @@ from PIL import Image
 from jaxssl.contracts import DataInfo, Record, Stream, UserError
 from jaxssl.data import quarantine
 from jaxssl.data.files import open_image
-from jaxssl.data.pipeline import Feed, batches, check_all, in_order
+from jaxssl.data.pipeline import Feed, batches, check_all, filled, in_order
 from jaxssl.data.transforms import Augment
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -516,3 +516,76 @@ def test_quarantine_notes_an_image_once(tmp_path):
     assert lines("quarantine.2.jsonl") == [
         expected | {"id": "2", "message": message.format(2), "step": 8}
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classified(Numbered):
+    """As `Numbered`, with i % 5 as the class of image i, unless it has none."""
+
+    task = "classification"
+    info = DataInfo(tuple("abcde"), ((0, 0, 0),) * 5, task)
+    labeled: bool = True
+
+    def __getitem__(self, index):
+        record = super().__getitem__(index)
+        record["label"] = np.uint8(index % 5)
+        if not self.labeled:
+            del record["label"]
+        return record
+
+
+def test_batches_of_classified_images():
+    source = Classified(((12, 16),) * 10)
+    augment = Augment((9, 11), pad=2, randaugment=1, cutout=4)
+    feeds = [
+        Feed(Stream("labeled", 4), source, augment),
+        Feed(Stream("unlabeled", 6, labels=None), source, augment),
+    ]
+    for batch in run(feeds):
+        assert set(batch["labeled"]) == {"image", "label", "index"}
+        assert set(batch["unlabeled"]) == {"image", "index"}
+        labeled = batch["labeled"]
+        assert labeled["image"].shape == (4, 9, 11, 3)
+        assert labeled["image"].dtype == labeled["label"].dtype == np.uint8
+        np.testing.assert_array_equal(labeled["label"], labeled["index"] % 5)
+    halves = [run(feeds, process_index=i, process_count=2) for i in range(2)]
+    for batch, (one, other) in zip(run(feeds), zip(*halves, strict=True), strict=True):
+        for name, array in batch["labeled"].items():
+            joined = np.concatenate([one["labeled"][name], other["labeled"][name]])
+            np.testing.assert_array_equal(joined, array)
+
+
+def test_classified_images_in_order_have_labels_without_places():
+    sizes = ((6, 8), (8, 6), (6, 8))
+    batches = [*in_order(Classified(sizes), 2, bucket=32)]
+    assert [batch["image"].shape for batch in batches] == [(2, 6, 8, 3), (2, 8, 6, 3)]
+    (batch,) = in_order(Classified(sizes), 4, center=(4, 4))
+    assert batch["image"].shape == (4, 4, 4, 3)
+    assert batch["index"].tolist() == [0, 1, 2, -1]
+    assert batch["label"].tolist() == [0, 1, 2, 255]
+    assert batch["valid"].tolist() == [True, True, True, False]
+    assert (batch["label"].dtype, batch["valid"].dtype) == (np.uint8, bool)
+    # The columns of a wide image, from six to five, and of these the middle four.
+    resized = np.asarray(Image.fromarray(Classified(sizes)[0]["image"]).resize((5, 4), 2))
+    np.testing.assert_array_equal(batch["image"][0], resized[:, :4])
+    (batch,) = in_order(Classified(sizes[:1], labeled=False), 1)
+    assert set(batch) == {"image", "valid", "index"}
+
+
+def test_processes_share_classified_images():
+    source = Classified(((6, 8), (8, 6), (9, 9), (4, 4), (5, 7)))
+    shares = [
+        list(in_order(source, 4, center=(4, 4), process_index=i, process_count=2)) for i in range(2)
+    ]
+    found = [(batch["index"].tolist(), batch["label"].tolist()) for batch in shares[1]]
+    assert found == [([2, 3], [2, 3]), ([-1, -1], [255, 255])]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), ()])
+def test_filled_cuts_what_is_shaped_like_a_label(shape):
+    padded = np.zeros((6, 9) if shape else (), bool)
+    padded[tuple(map(slice, shape))] = True
+    inside = filled(padded)
+    values = np.arange(padded.size).reshape(padded.shape)
+    np.testing.assert_array_equal(values[inside], values[tuple(map(slice, shape))])
+    assert values[inside].shape == shape

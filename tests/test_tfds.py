@@ -11,10 +11,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxssl.contracts import UnreadableError, UserError
-from jaxssl.data import loading
+from jaxssl.data import loading, packing
 from jaxssl.data import tfds as reader
 from jaxssl.data.masks import ForeignValuesError
-from jaxssl.data.pipeline import Feed, Stream, batches
+from jaxssl.data.pipeline import Feed, Stream, batches, in_order
 from jaxssl.data.transforms import Augment
 
 # As the config has it: theirs are 1 pet, 2 background, 3 border; ours 0 background, 1 pet.
@@ -167,6 +167,52 @@ def test_images_without_a_class(tmp_path):
     data = prepare(tmp_path, lambda name: example(name) | {"label": -1})
     source = loading.load(data | {"label_key": "label", "classes": ()}, "train", labels=True)
     assert source[0]["label"] == 255
+
+
+def breed(name):
+    """Of the training images two have class 3, one class 8, and one has none."""
+    return {"Bengal_10": 3, "Bengal_9": 8, "Bengal_1": -1, "Bengal_33": 3}.get(name, 0)
+
+
+def test_class_ids_are_split_and_trained_on(tmp_path):
+    data = prepare(tmp_path, lambda name: example(name) | {"label": breed(name)})
+    data |= {"label_key": "label", "classes": (), "split": "2", "seed": 0}
+    split, sources = loading.training_sets(data)
+    assert "Bengal_9" in split.labeled
+    assert "Bengal_1" in split.unlabeled
+    labels = sources["labeled"].class_ids
+    assert labels.tolist() == [breed(name) for name in split.labeled]
+    assert "label" not in sources["unlabeled"][0]
+    assert sources["unlabeled"].class_ids is None
+    feeds = [
+        Feed(Stream("labeled", 2), sources["labeled"], Augment((8, 8), randaugment=1)),
+        Feed(Stream("unlabeled", 2, labels=None), sources["unlabeled"], Augment((8, 8))),
+    ]
+    with batches(feeds, seed=0, phase_index=0, start=0, steps=2) as iterator:
+        for batch in iterator:
+            assert set(batch["labeled"]) == {"image", "label", "index"}
+            assert set(batch["unlabeled"]) == {"image", "index"}
+            np.testing.assert_array_equal(
+                batch["labeled"]["label"], labels[batch["labeled"]["index"]]
+            )
+    everything, _ = loading.training_sets(data | {"split": "all"})
+    assert len(everything.labeled) == 3
+    (batch,) = in_order(loading.load(data, "val", labels=True), 4, center=(8, 8))
+    assert batch["image"].shape == (4, 8, 8, 3)
+    assert batch["label"].tolist() == [0, 0, 0, 255]
+
+
+def test_packed_digits_read_as_they_were(tmp_path):
+    data = {"name": "digits", "root": "", "split": "20", "seed": 0, "size": 8}
+    packing.pack(packing.parts_of(data), tmp_path / "digits")
+    packed = data | {"name": "tfds", "root": str(tmp_path / "digits")}
+    split, sources = loading.training_sets(packed | {"validation": 30})
+    assert split == loading.training_sets(data | {"validation": 30})[0]
+    digits = loading.load(data, "train", labels=True, ids=split.labeled)
+    assert sources["labeled"].info.classes == digits.info.classes
+    for i in range(20):
+        for name in ("image", "label", "id"):
+            np.testing.assert_array_equal(sources["labeled"][i][name], digits[i][name])
 
 
 @pytest.mark.parametrize("shape", [(None, None), (None, None, 1)])

@@ -7,7 +7,8 @@ import scipy.ndimage
 from PIL import Image
 
 from jaxssl.contracts import UserError
-from jaxssl.data.transforms import Augment, augment
+from jaxssl.data import randaugment
+from jaxssl.data.transforms import Augment, augment, augment_whole, fit
 
 H, W = 24, 40
 
@@ -291,3 +292,126 @@ def test_no_color_of_the_padding_gets_into_a_blurred_image():
     for result in draws(record, Augment((40, 50), (0.5, 2.0), rotate=45.0, blur=1.0), 30):
         assert (result["image"][result["valid"]] == 200).all()
         assert (result["image"][~result["valid"]] == 0).all()
+
+
+def test_a_padded_image_is_cropped_anywhere():
+    y, x = np.mgrid[:6, :7]
+    record = {"image": random_record()["image"][:6, :7], "label": (7 * y + x).astype(np.uint8)}
+    wide = {
+        "image": np.pad(record["image"], ((2, 2), (2, 2), (0, 0))),
+        "label": np.pad(record["label"], 2, constant_values=255),
+        "valid": np.pad(np.ones((6, 7), bool), 2),
+    }
+    seen = set()
+    for result in draws(record, Augment((6, 7), flip=False, pad=2), 300):
+        (place,) = [
+            (top, left)
+            for top, left in itertools.product(range(5), repeat=2)
+            if np.array_equal(result["label"], wide["label"][top : top + 6, left : left + 7])
+        ]
+        window = np.s_[place[0] : place[0] + 6, place[1] : place[1] + 7]
+        for name, array in wide.items():
+            np.testing.assert_array_equal(result[name], array[window])
+        seen.add(place)
+    assert len(seen) == 25
+
+
+@pytest.mark.parametrize("scale", [0.4, 0.7])
+def test_an_image_smaller_than_the_crop_is_padded_by_as_much_as_there_is(scale):
+    for result in draws(random_record(), Augment((H, W), (scale, scale), flip=False, pad=3), 20):
+        rows, columns = (result["valid"].any(axis).nonzero()[0] for axis in (1, 0))
+        assert (len(rows), len(columns)) == (round(H * scale), round(W * scale))
+        assert 0 <= rows[0] <= 6
+        assert 0 <= columns[0] <= 6
+
+
+WHOLE = {"scale": (1.0, 1.4), "pad": 3}
+
+
+@pytest.mark.parametrize("size", [(30, 40), (60, 50), (13, 19)])
+def test_whole_images_are_cut_from_what_covers_the_crop(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    record = {"image": image, "label": np.uint8(7), "confidence": np.float32(0.5)}
+    factor = max(12 / size[0], 16 / size[1])
+    scaled = round(size[1] * factor), round(size[0] * factor)
+    assert min(scaled[1] / 12, scaled[0] / 16) == 1
+    whole = np.asarray(Image.fromarray(image).resize(scaled, Image.Resampling.BILINEAR)).astype(int)
+    windows = [
+        whole[y : y + 12, x : x + 16]
+        for y, x in itertools.product(range(scaled[1] - 11), range(scaled[0] - 15))
+    ]
+    for seed in range(8):
+        result = augment_whole(record, Augment((12, 16), flip=False), np.random.default_rng(seed))
+        assert set(result) == {"image", "label", "confidence"}
+        assert (result["label"], result["confidence"]) == (7, 0.5)
+        assert min(abs(window - result["image"]).max() for window in windows) <= 1
+    middle = whole[(scaled[1] - 12) // 2 :, (scaled[0] - 16) // 2 :][:12, :16]
+    assert abs(fit(image, (12, 16)) - middle).max() <= 1
+    np.testing.assert_array_equal(fit(image[:12, :16], (12, 16)), image[:12, :16])
+
+
+def whole_draws(settings, count=200, record=None):
+    record = record or {"image": random_record()["image"]}
+    return [
+        augment_whole(record, settings, np.random.default_rng(seed))["image"]
+        for seed in range(count)
+    ]
+
+
+def test_gray_is_around_whole_images():
+    record = {"image": np.full((H, W, 3), 200, np.uint8)}
+    images = np.stack(whole_draws(Augment((H, W), pad=4, rotate=30.0), record=record))
+    assert set(np.unique(images)) == {128, 200}
+    assert 0.02 < (images == 128).mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ({"randaugment": 1}, {}),
+        ({"cutout": 8}, {}),
+        ({"randaugment": 1, "cutout": 8}, {"cutout": 8}),
+        ({"randaugment": 1, "cutout": 8}, {"randaugment": 1}),
+        (
+            {"randaugment": 2, "operations": "released"},
+            {"randaugment": 1, "operations": "released"},
+        ),
+    ],
+)
+def test_operations_come_after_the_geometry_that_would_be_without_them(more, less):
+    """What is not cut out, and images that the drawn operation leaves alone, stay as they were."""
+    plain = whole_draws(Augment((20, 30), **WHOLE, **less))
+    changed = whole_draws(Augment((20, 30), **WHOLE, **more))
+    if "cutout" in more and "cutout" not in less:
+        for a, b in zip(plain, changed, strict=True):
+            different = (a != b).any(-1)
+            cut = (b == randaugment.MEAN_COLOR).all(-1)
+            assert (cut | ~different).all()
+            assert 16 <= cut.sum() <= 64
+    if "cutout" in less:
+        for a, b in zip(plain, changed, strict=True):
+            cut_before, cut = ((x == randaugment.MEAN_COLOR).all(-1) for x in (a, b))
+            np.testing.assert_array_equal(cut, cut_before)
+    same = np.mean([np.array_equal(a, b) for a, b in zip(plain, changed, strict=True)])
+    assert same < 0.5
+    if more.get("operations") is None and "cutout" not in more:
+        assert same > 1 / 14 - 0.06  # "identity"
+
+
+def test_a_flip_changes_no_draw_of_an_operation():
+    """An image of one color shows it."""
+    record = {"image": np.full((20, 30, 3), (70, 120, 160), np.uint8)}
+    settings = {"randaugment": 1, "cutout": 6, "operations": "paper"}
+    plain = whole_draws(Augment((20, 30), flip=False, **settings), record=record)
+    flipped = whole_draws(Augment((20, 30), **settings), record=record)
+    np.testing.assert_array_equal(plain, flipped)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"pad": -1}, {"pad": 8}, {"randaugment": -1}, {"cutout": -2}, {"operations": "mine"}],
+)
+def test_impossible_operations_are_refused(fields):
+    (name,) = fields
+    with pytest.raises(UserError, match=f"{name}="):
+        Augment(**{"crop": (8, 9), **fields})

@@ -23,7 +23,7 @@ from grain.experimental import DatasetOptions, WithOptionsIterDataset, ZipMapDat
 from jaxssl.contracts import IGNORE_LABEL, Source, Stream, UnreadableError, UserError
 from jaxssl.data import files, quarantine
 from jaxssl.data.splits import seeded_order
-from jaxssl.data.transforms import Augment, augment
+from jaxssl.data.transforms import Augment, augment, augment_whole, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,9 @@ class Batches:
 
     A batch maps stream names to arrays: `image` uint8 `[b,h,w,3]`, `valid` bool `[b,h,w]`,
     `label` uint8 and `confidence` float32 `[b,h,w]` where there are any, and `index` int32 `[b]`,
-    the image's position in its source; b is this process's share of the stream's batch. Never
-    write into the arrays: devices may alias them.
+    the image's position in its source; b is this process's share of the stream's batch. Where
+    labels are classes of whole images, they and `confidence` are `[b]`, and there is no `valid`.
+    Never write into the arrays: devices may alias them.
     """
 
     def __init__(
@@ -184,12 +185,15 @@ def in_order(
     a batch takes, it is filled with such rows of `index` -1. Several processes take contiguous
     blocks of every global batch, and all get the same number of batches.
 
+    Where labels are classes of whole images, `label` and `valid` are `[b]`, and no image is padded:
+    then `center` is what makes sizes alike.
+
     Args:
       source: of images `[h,w,3]`.
       batch_size: images in the global batch.
       bucket: height and width are padded to multiples of this, so that sizes become fewer.
       center: (height, width) of the central window to give instead of the image; all become that
-        size.
+        size. An image with a class as a whole is resized before, to just cover it.
       process_index: which share of every batch to give.
       process_count: hosts that share a batch.
       threads: that decode.
@@ -198,7 +202,7 @@ def in_order(
 
     Yields:
       `image` uint8 `[b,h,w,3]`, `valid` bool `[b,h,w]`, `label` uint8 `[b,h,w]` if the source
-      has labels, and `index` int32 `[b]`.
+      has labels, and `index` int32 `[b]`; see above for classification.
 
     Raises:
       UserError: a batch cannot be shared equally, several processes meet images that differ in
@@ -208,9 +212,11 @@ def in_order(
     firsts = range(process_index * rows, len(source), batch_size)
     mine = [i for first in firsts for i in range(first, min(first + rows, len(source)))]
     read = _Whole(source, center)
+    multiple = 1 if _is_whole(source) else bucket
 
     def padded(record: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-        return center or tuple(-(-side // bucket) * bucket for side in record["valid"].shape)
+        sides = record["image"].shape[:2]
+        return center or tuple(-(-side // multiple) * multiple for side in sides)
 
     # What every process knows tells each of them that sizes differ or that its share is empty.
     template = read(0) if process_count > 1 and len(source) else None
@@ -223,9 +229,9 @@ def in_order(
             size = padded(record)
             if template is not None and size != padded(template):
                 raise UserError(
-                    f"Images differ in size: {template['valid'].shape} and "
-                    f"{record['valid'].shape}. Several processes need images of one size; use a "
-                    "single process."
+                    f"Images differ in size: {template['image'].shape[:2]} and "
+                    f"{record['image'].shape[:2]}. Several processes need images of one size; use "
+                    "a single process."
                 )
             waiting.setdefault(size, []).append(record)
             if len(waiting[size]) == rows:
@@ -234,6 +240,13 @@ def in_order(
         yield _collate(group[0], group, rows, size)
     if template is not None and len(firsts) * batch_size < len(source):
         yield _collate(template, [], rows, padded(template))
+
+
+def filled(valid: np.ndarray) -> tuple[slice, ...]:
+    """Which part of a row of `in_order` is image, from its `valid`: of `[h,w]` two slices, of a
+    scalar none, so that either takes labels and all that is shaped like them.
+    """
+    return tuple(slice(int(valid.any(1 - axis).sum())) for axis in range(valid.ndim))
 
 
 def check_all(source: Source, name: str) -> None:
@@ -282,7 +295,9 @@ class _Augmented:
             record.pop("label", None)
         # What a worker process notes comes back with the batch alone; text, as rows must stack.
         note = np.array(json.dumps(damaged))
-        return augment(record, self.augment, rng) | {"index": np.int32(position), "damaged": note}
+        change = augment_whole if _is_whole(self.feed.source) else augment
+        arrays = change(record, self.augment, rng)
+        return arrays | {"index": np.int32(position), "damaged": note}
 
     def _read(self, place: int) -> tuple[int, dict[str, Any], list[tuple[int, str]]]:
         """The first candidate that can be read, and (position, message) of those before it."""
@@ -325,10 +340,15 @@ class _Whole:
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         record: dict[str, Any] = dict(self.source[int(position)])
         arrays = {name: record[name] for name in ("image", "label") if name in record}
-        arrays["valid"] = np.ones(arrays["image"].shape[:2], bool)
-        if self.center is not None:
-            window = tuple(map(_middle, arrays["valid"].shape, self.center))
-            arrays = {name: array[window] for name, array in arrays.items()}
+        if _is_whole(self.source):
+            arrays["valid"] = np.array(True)
+            if self.center is not None:
+                arrays["image"] = fit(arrays["image"], self.center)
+        else:
+            arrays["valid"] = np.ones(arrays["image"].shape[:2], bool)
+            if self.center is not None:
+                window = tuple(map(_middle, arrays["valid"].shape, self.center))
+                arrays = {name: array[window] for name, array in arrays.items()}
         return arrays | {"index": np.array(position, np.int32)}
 
 
@@ -401,6 +421,11 @@ def _positions(stream: Stream, ids: Sequence[str], seed: int) -> np.ndarray:
             "choose another --config.data.split."
         )
     return positions
+
+
+def _is_whole(source: Source) -> bool:
+    """Whether a label is a class of the whole image."""
+    return source.info.task == "classification"
 
 
 def _share(what: str, batch: int, process_count: int) -> int:

@@ -192,8 +192,8 @@ def hold_out(
         left = {classes[image_id] for image_id in order if image_id not in held}
         if gone := sorted({classes[image_id] for image_id in held} - left):
             raise UserError(
-                f"data.validation={count} takes all images of {len(gone)} class(es), such as number "
-                f"{gone[0]}, counted from 0. Choose fewer, or 0 for none."
+                f"data.validation={count} takes all images of {len(gone)} class(es), such as "
+                f"number {gone[0]}, counted from 0. Choose fewer, or 0 for none."
             )
     return tuple(sorted(held))
 

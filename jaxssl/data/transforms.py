@@ -1,5 +1,5 @@
-"""The geometry of training images on the host: scale, rotate, crop, flip; and blur, which has to
-come before the crop.
+"""What happens to training images on the host: scale, rotate, crop, flip; blur, which has to come
+before the crop; and where labels are of whole images, RandAugment and Cutout, which run in Pillow.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from jaxssl.contracts import IGNORE_LABEL, UserError
+from jaxssl.data import randaugment
+
+GRAY = 128
+"""What is around an image whose network is not told where it ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """What `augment` does to an image.
+    """What `augment` and `augment_whole` do to an image.
 
     Attributes:
       crop: (height, width) of the result.
@@ -25,10 +29,14 @@ class Augment:
       flip: whether to mirror half of the images.
       rotate: bound of the angle, in degrees, by which half of the images are turned.
       blur: share of the images that are blurred.
+      pad: pixels around the scaled image that the crop may take in.
+      randaugment: operations of RandAugment, one after another (`augment_whole` alone).
+      operations: what they are drawn from, one of `randaugment.OPERATIONS`.
+      cutout: side of the square that is cut out at last, 0 for none (`augment_whole` alone).
 
     Raises:
       UserError: the crop or the scale is no pair of positive numbers, low exceeds high, the angle
-        is none from 0 to 180, or the share none from 0 to 1.
+        is none from 0 to 180, the share none from 0 to 1, or another number or word does not do.
     """
 
     crop: tuple[int, int]
@@ -36,6 +44,10 @@ class Augment:
     flip: bool = True
     rotate: float = 0.0
     blur: float = 0.0
+    pad: int = 0
+    randaugment: int = 0
+    operations: str = "paper"
+    cutout: int = 0
 
     def __post_init__(self) -> None:
         if len(self.crop) != 2 or min(self.crop) < 1:
@@ -46,10 +58,25 @@ class Augment:
             raise UserError(f"rotate={self.rotate} is no angle. Give degrees from 0 to 180.")
         if not 0 <= self.blur <= 1:
             raise UserError(f"blur={self.blur} is no share of the images. Give one from 0 to 1.")
+        if not 0 <= self.pad < min(self.crop):
+            raise UserError(f"pad={self.pad} is not from 0 to less than a side of the crop.")
+        if self.randaugment < 0 or self.cutout < 0:
+            raise UserError(
+                f"randaugment={self.randaugment}, cutout={self.cutout}: give numbers from 0 on."
+            )
+        if self.operations not in randaugment.OPERATIONS:
+            raise UserError(
+                f"operations={self.operations!r} are unknown. There are: "
+                f"{', '.join(randaugment.OPERATIONS)}."
+            )
 
 
 def augment(
-    record: Mapping[str, Any], settings: Augment, rng: np.random.Generator
+    record: Mapping[str, Any],
+    settings: Augment,
+    rng: np.random.Generator,
+    *,
+    unit: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Scales, rotates, blurs, crops and flips an image together with everything known per pixel.
 
@@ -63,6 +90,7 @@ def augment(
       settings: with crop size (h, w).
       rng: always gives seven numbers, whatever the settings are, so that each of them changes
         what it names and nothing else.
+      unit: size of the image to which the scale 1 belongs, as a factor of its own size.
 
     Returns:
       `image` uint8 `[h,w,3]`, `valid` bool `[h,w]`, and `label` and `confidence` where given.
@@ -70,10 +98,13 @@ def augment(
     """
     factor, top, left, mirror, turn, angle, smooth = rng.random(7)
     low, high = settings.scale
-    factor = low + (high - low) * factor
-    height, width = record["image"].shape[:2]
-    rows = _Span.draw(height, settings.crop[0], factor, top)
-    columns = _Span.draw(width, settings.crop[1], factor, left)
+    factor = unit * (low + (high - low) * factor)
+    rows, columns = (
+        _Span.draw(side, crop, factor, where, settings.pad)
+        for side, crop, where in zip(
+            record["image"].shape, settings.crop, (top, left), strict=False
+        )
+    )
     blur = smooth < settings.blur
 
     if settings.rotate and turn < 0.5:
@@ -93,26 +124,80 @@ def augment(
     result = {}
     for name, (array, fill) in arrays.items():
         array[~valid] = fill
-        result[name] = _pad(array, settings.crop, fill)
+        result[name] = _pad(array, settings.crop, fill, (rows.before, columns.before))
     if settings.flip and mirror < 0.5:
         result = {name: np.ascontiguousarray(array[:, ::-1]) for name, array in result.items()}
     return result
 
 
+def augment_whole(
+    record: Mapping[str, Any], settings: Augment, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """As `augment`, then RandAugment and Cutout, for an image whose label is a class of the whole.
+
+    A scale of 1 is that of the smallest image that covers the crop, whatever size it comes in.
+    Around images there is gray, of 128.
+
+    Args:
+      record: `image` uint8 `[H,W,3]`; optional `label` and `confidence`, which stay as they are.
+      settings: with crop size (h, w).
+      rng: gives the seven numbers of `augment`, and after them, if there is need, two for Cutout
+        and five for each operation.
+
+    Returns:
+      `image` uint8 `[h,w,3]`, and `label` and `confidence` where given.
+    """
+    unit = _covering(record["image"], settings.crop)
+    found = augment({"image": record["image"]}, settings, rng, unit=unit)
+    image = np.where(found["valid"][..., None], found["image"], np.uint8(GRAY))
+    if settings.randaugment or settings.cutout:
+        place = rng.random(2)
+        numbers = rng.random((settings.randaugment, randaugment.NUMBERS))
+        image = randaugment.change(image, settings.operations, numbers)
+        image = randaugment.cut_out(image, settings.cutout, place)
+    return {"image": image} | {n: record[n] for n in ("label", "confidence") if n in record}
+
+
+def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The middle of an image that covers a size: what `augment_whole` does without chance, for
+    evaluation; uint8 `[H,W,3]` -> `[*size,3]`.
+    """
+    factor = _covering(image, size)
+    rows, columns = (
+        _Span.middle(side, crop, factor) for side, crop in zip(image.shape, size, strict=False)
+    )
+    return _resize(image, rows, columns)
+
+
+def _covering(image: np.ndarray, size: tuple[int, int]) -> float:
+    """Factor by which an image is resized to be as high and wide as a size, or more in one way."""
+    return max(crop / side for crop, side in zip(size, image.shape, strict=False))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """`size` pixels from `start` on, along an axis resized from `source` to `scaled` pixels."""
+    """`size` pixels from `start` on, along an axis resized from `source` to `scaled` pixels; in the
+    crop `before` pixels of padding stand before them.
+    """
 
     source: int
     scaled: int
     start: int
     size: int
+    before: int = 0
 
     @classmethod
-    def draw(cls, source: int, crop: int, factor: float, where: float) -> _Span:
+    def draw(cls, source: int, crop: int, factor: float, where: float, pad: int) -> _Span:
         scaled = max(1, round(source * factor))
-        size = min(crop, scaled)
-        return cls(source, scaled, int(where * (scaled - size + 1)), size)
+        window = min(crop, scaled + 2 * pad)
+        first = int(where * (scaled + 2 * pad - window + 1)) - pad
+        start, end = max(first, 0), min(first + window, scaled)
+        return cls(source, scaled, start, end - start, start - first)
+
+    @classmethod
+    def middle(cls, source: int, crop: int, factor: float) -> _Span:
+        scaled = max(crop, round(source * factor))
+        return cls(source, scaled, (scaled - crop) // 2, crop)
 
     def box(self) -> tuple[float, float]:
         """The same span in source pixels."""
@@ -222,9 +307,13 @@ def _blur(image: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(image).filter(kernel))[2:-2, 2:-2]
 
 
-def _pad(array: np.ndarray, size: tuple[int, int], fill: int) -> np.ndarray:
+def _pad(
+    array: np.ndarray, size: tuple[int, int], fill: int, corner: tuple[int, int]
+) -> np.ndarray:
+    """Puts an array with its top left at `corner` of a larger one."""
     if array.shape[:2] == tuple(size):
         return array
     padded = np.full((*size, *array.shape[2:]), fill, array.dtype)
-    padded[: array.shape[0], : array.shape[1]] = array
+    (top, left), (height, width) = corner, array.shape[:2]
+    padded[top : top + height, left : left + width] = array
     return padded
