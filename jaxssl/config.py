@@ -127,7 +127,13 @@ def default() -> Config:
             "crop": (512, 1024),
             "batch": {"labeled": 16, "unlabeled": 16, "accumulate": 1},
             "parallel": "mesh",  # or "pmap", as PyTorch's DDP: see `train.compile_step`
-            "augment": {"scale": (0.5, 2.0), "flip": True, "rotate": 0.0, "blur": 0.0},
+            "augment": {
+                "scale": (0.5, 2.0),
+                "scale_median": config_dict.placeholder(float),
+                "flip": True,
+                "rotate": 0.0,
+                "blur": 0.0,
+            },
             "data": {
                 "name": "cityscapes",
                 "root": "data/cityscapes",

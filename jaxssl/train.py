@@ -370,6 +370,7 @@ def make_feeds(
     augment = Augment(
         crop=tuple(config.crop),
         scale=tuple(config.augment.scale),
+        scale_median=config.augment.scale_median,
         flip=config.augment.flip,
         rotate=config.augment.rotate,
         blur=config.augment.blur,

@@ -132,6 +132,20 @@ def test_every_place_and_scale_is_drawn():
     assert np.mean(heights) == pytest.approx(15, abs=1)
 
 
+def test_as_many_images_shrink_as_grow():
+    """U(.5,1) or U(1,2) with equal chance."""
+    record, settings = random_record(), Augment((2 * H, 2 * W), (0.5, 2.0), 1.0, flip=False)
+    heights = [result["valid"].any(1).sum() for result in draws(record, settings, 600)]
+    quarters = np.histogram(heights, (H / 2, 0.75 * H, H, 1.5 * H, 2 * H + 1))[0]
+    assert abs(quarters / 600 - 0.25).max() < 0.06
+
+
+def test_the_middle_as_median_changes_nothing():
+    plain, even = (Augment((8, 8), (0.5, 2.0), median) for median in (None, 1.25))
+    for drawn in (0.0, 0.3, 0.5, 0.99):
+        assert even.factor(drawn) == pytest.approx(plain.factor(drawn))
+
+
 def test_label_is_optional():
     result = augment({"image": random_record()["image"]}, Augment((8, 8)), np.random.default_rng(0))
     assert set(result) == {"image", "valid"}
@@ -143,6 +157,7 @@ def test_label_is_optional():
         {"crop": (32,)},
         {"crop": (0, 8)},
         {"scale": (2.0, 0.5)},
+        {"scale_median": 1.1},
         {"rotate": -1.0},
         {"rotate": 181.0},
         {"blur": 1.5},

@@ -25,7 +25,9 @@ class Augment:
 
     Attributes:
       crop: (height, width) of the result.
-      scale: bounds (low, high) of the uniform resize factor.
+      scale: bounds (low, high) of the resize factor.
+      scale_median: half of the factors are below it and half above, uniform on either side; None:
+        uniform from low to high.
       flip: whether to mirror half of the images.
       rotate: bound of the angle, in degrees, by which half of the images are turned.
       blur: share of the images that are blurred.
@@ -35,12 +37,14 @@ class Augment:
       cutout: side of the square that is cut out at last, 0 for none (`augment_whole` alone).
 
     Raises:
-      UserError: the crop or the scale is no pair of positive numbers, low exceeds high, the angle
-        is none from 0 to 180, the share none from 0 to 1, or another number or word does not do.
+      UserError: the crop or the scale is no pair of positive numbers, low exceeds high, the median
+        is not between them, the angle is none from 0 to 180, the share none from 0 to 1, or another
+        number or word does not do.
     """
 
     crop: tuple[int, int]
     scale: tuple[float, float] = (1.0, 1.0)
+    scale_median: float | None = None
     flip: bool = True
     rotate: float = 0.0
     blur: float = 0.0
@@ -54,6 +58,12 @@ class Augment:
             raise UserError(f"crop={self.crop} is no size. Give height and width: 512,1024.")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise UserError(f"scale={self.scale} is no range. Give low and high: 0.5,2.0.")
+        low, high = self.scale
+        if self.scale_median is not None and not low <= self.scale_median <= high:
+            raise UserError(
+                f"scale_median={self.scale_median} is not within scale={self.scale}. Give a number "
+                "between, or none."
+            )
         if not 0 <= self.rotate <= 180:
             raise UserError(f"rotate={self.rotate} is no angle. Give degrees from 0 to 180.")
         if not 0 <= self.blur <= 1:
@@ -69,6 +79,13 @@ class Augment:
                 f"operations={self.operations!r} are unknown. There are: "
                 f"{', '.join(randaugment.OPERATIONS)}."
             )
+
+    def factor(self, drawn: float) -> float:
+        """The resize factor that a number from [0,1) stands for, half of them below the median."""
+        low, high = self.scale
+        if self.scale_median is None:
+            return low + (high - low) * drawn
+        return float(np.interp(drawn, (0, 0.5, 1), (low, self.scale_median, high)))
 
 
 def augment(
@@ -97,8 +114,7 @@ def augment(
       Padding is 0 in the image, 255 in the label, 0 in the confidence and False in `valid`.
     """
     factor, top, left, mirror, turn, angle, smooth = rng.random(7)
-    low, high = settings.scale
-    factor = unit * (low + (high - low) * factor)
+    factor = unit * settings.factor(factor)
     rows, columns = (
         _Span.draw(side, crop, factor, where, settings.pad)
         for side, crop, where in zip(
