@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -92,8 +92,11 @@ def counted(store: Store, ids: Iterable[str]) -> np.ndarray:
     """Positions by class and level of confidence over the labels of images, int64 `[C,levels]`."""
     C = store.info.num_classes
     total = np.zeros((C, selection.LEVELS), np.int64)
-    for found in _in_threads(lambda i: np.stack(store.read(i)), ids):
-        total += selection.count(found[0], found[1], C)
+    for some in _in_groups(_in_threads(store.read, ids)):
+        labels, levels = (
+            np.concatenate([np.ravel(x) for x in part]) for part in zip(*some, strict=True)
+        )
+        total += selection.count(labels, levels, C)
     return total
 
 
@@ -134,7 +137,9 @@ def selected(
         pairs = np.bincount((rows * (C + 1) + columns).ravel(), minlength=(C + 1) ** 2)
         return pairs.reshape(C + 1, C + 1)
 
-    return sum(_in_threads(select, ids), np.zeros((C + 1, C + 1), np.int64))
+    pairs = sum(_in_threads(select, ids), np.zeros((C + 1, C + 1), np.int64))
+    store.flush()
+    return pairs
 
 
 def summarize(
@@ -292,8 +297,8 @@ def _predict(run: Run, index: int, stream: Stream, store: Store, mine: Source) -
                 zip(batch["index"], batch["valid"], strict=True)
             ):
                 if position >= 0:
-                    size = slice(valid.any(1).sum()), slice(valid.any(0).sum())
-                    labels, levels = (x[row][size] for x in found)
+                    inside = pipeline.filled(valid)
+                    labels, levels = (x[row][inside] for x in found)
                     task = store.write, subset.ids[position], labels, levels
                     writing.append(pool.submit(*task))
             done += int((batch["index"] >= 0).sum())
@@ -302,6 +307,7 @@ def _predict(run: Run, index: int, stream: Stream, store: Store, mine: Source) -
                 noted.add(0, one)
             if run.stop.received is not None:
                 _finish(writing)
+                store.flush()
                 raise Stopped(run.stop.received)
 
         batches = pipeline.in_order(
@@ -314,6 +320,7 @@ def _predict(run: Run, index: int, stream: Stream, store: Store, mine: Source) -
         with evaluator.telling_compilations("Labeling"):
             sweep.each(update, batches, evaluator.mesh, write)
         _finish(writing)
+        store.flush()
     for one in damaged:
         noted.add(0, one)
 
@@ -341,6 +348,23 @@ def _in_threads(function: Callable[[str], T], ids: Iterable[str]) -> Iterable[T]
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(ids), 4 * _THREADS):
             yield from pool.map(function, ids[first : first + 4 * _THREADS])
+
+
+def _in_groups(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]], least: int = 2**18
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Arrays of some images together, so many positions that counting them is not less work than
+    the table is large that they are counted in.
+    """
+    some, size = [], 0
+    for pair in pairs:
+        some.append(pair)
+        size += pair[0].size
+        if size >= least:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def _all_here(name: str) -> None:

@@ -117,6 +117,38 @@ def test_passes_over_a_store(filled):
         np.testing.assert_array_equal(store.read(name)[0], mine)
 
 
+def test_passes_over_classes_of_whole_images(tmp_path):
+    """They are those over an image of as many pixels, but that each image draws its own number."""
+    rng = np.random.default_rng(0)
+    info = DataInfo(INFO.classes, INFO.palette, "classification")
+    store, ids = Store.of(tmp_path, "round", info), [f"{i:04d}" for i in range(3000)]
+    labels = rng.choice(np.array([0, 0, 1, 2], np.uint8), 3000)
+    levels, truth = rng.integers(0, 100, 3000).astype(np.uint16), rng.integers(0, 3, 3000)
+    for image_id, label, level in zip(ids, labels, levels, strict=True):
+        store.write(image_id, label, level)
+    store.flush()
+    counts = labeling.counted(store, ids)
+    for c in range(3):
+        expected = np.bincount(levels[labels == c], minlength=selection.LEVELS)
+        np.testing.assert_array_equal(counts[c], expected)
+    chosen = Selection(np.array([50, 20, selection.LEVELS]), np.array([1.0, 0.5, 1.0]))
+    known = Truth({i: np.uint8(t) for i, t in zip(ids, truth, strict=True)})
+    pairs = labeling.selected(store, ids, chosen, 3, known)
+    drawn = np.array([labeling.image_rng(3, i).random() < 0.5 for i in ids])
+    kept = ((labels == 0) & (levels >= 50)) | ((labels == 1) & (levels >= 20) & drawn)
+    reopened = Store.of(tmp_path, "round", info)
+    after = np.array([reopened.read(i)[0] for i in ids])
+    np.testing.assert_array_equal(after, np.where(kept, labels, 255))
+    for i, j in np.ndindex(3, 3):
+        assert pairs[i, j] == ((truth == i) & (after == j)).sum()
+    assert pairs[:3, 3].sum() == (~kept).sum()
+    again = labeling.selected(reopened, reversed(ids), chosen, 3)
+    np.testing.assert_array_equal(again.sum(0), pairs.sum(0))
+    summary = labeling.summarize(pairs, chosen, counts.sum(1), np.ones(3, np.int64), store)
+    assert summary["kept"] == pytest.approx(kept.mean())
+    assert summary["accuracy"] == pytest.approx((labels == truth)[kept].mean())
+
+
 def test_images_draw_numbers_of_their_own():
     def draw(seed, name):
         return labeling.image_rng(seed, name).random(4).tolist()

@@ -1,11 +1,17 @@
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxssl import selection
 from jaxssl.contracts import DataInfo, Selection, UnreadableError, UserError
+from jaxssl.data import pseudo_labels
 from jaxssl.data.files import whole
-from jaxssl.data.pseudo_labels import PseudoLabeled, Store
+from jaxssl.data.pipeline import Feed, Stream, batches
+from jaxssl.data.pseudo_labels import ClassStore, PseudoLabeled, Store
+from jaxssl.data.transforms import Augment
 
 INFO = DataInfo(("sky", "sea"), ((10, 20, 250), (0, 90, 80)))
 
@@ -138,3 +144,139 @@ def test_a_file_that_cannot_be_written_is_one_message(tmp_path):
     with pytest.raises(UserError, match="cannot be written"), whole(tmp_path / "file" / "x.png"):
         pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+WHOLE = DataInfo(("cat", "dog"), ((1, 1, 1), (2, 2, 2)), "classification")
+
+
+class Pictures(Images):
+    """Images with a class each."""
+
+    info = WHOLE
+
+
+@pytest.fixture
+def classes(tmp_path):
+    return Store.of(tmp_path, "round_1", WHOLE)
+
+
+def again(store):
+    """The store as another process has it."""
+    return pickle.loads(pickle.dumps(store))
+
+
+def files(store):
+    return sorted(path.name for path in store.folder.iterdir()) if store.folder.exists() else []
+
+
+def rows(store, ids):
+    return {i: tuple(int(x) for x in store.read(i)) for i in ids}
+
+
+def test_the_task_decides_the_form(tmp_path, classes):
+    assert type(Store.of(tmp_path, "round_1", INFO)) is Store
+    assert isinstance(classes, ClassStore)
+    assert classes.folder == tmp_path / "pseudo_labels" / "round_1"
+
+
+def test_classes_of_images_are_one_file_in_the_end(classes):
+    expected = {f"train/{i}": (i % 2, 7 * i) for i in range(2000)} | {"ä b": (255, 65535)}
+    for image_id, (label, level) in expected.items():
+        classes.write(image_id, np.uint8(label), np.uint16(level))
+    assert rows(classes, expected) == expected
+    assert files(classes) == []
+    assert again(classes).missing(["train/3"]) == ["train/3"]
+    classes.flush()
+    assert len(files(classes)) == 1
+    assert again(classes).missing([*expected, "other"]) == ["other"]
+    label, level = again(classes).read("train/9")
+    assert (label.dtype, level.dtype, label.shape) == (np.uint8, np.uint16, ())
+    classes.write_labels("train/9", np.uint8(255))
+    classes.flush()
+    assert rows(again(classes), expected) == expected | {"train/9": (255, 63)}
+    classes.write_summary({"kept": 0.5})
+    assert files(classes) == ["labels.npz", "summary.json"]
+    assert again(classes).complete
+    assert rows(again(classes), expected) == expected | {"train/9": (255, 63)}
+    with np.load(classes.folder / "labels.npz", allow_pickle=False) as stored:
+        assert list(stored["ids"]) == sorted(expected)
+        assert stored["labels"].dtype == np.uint8
+        assert stored["levels"].dtype == np.uint16
+
+
+def test_many_labels_reach_the_disk_as_they_come(classes, monkeypatch):
+    monkeypatch.setattr(pseudo_labels, "PIECE", 10)
+    with ThreadPoolExecutor(4) as pool:
+        for i in range(64):
+            pool.submit(classes.write, f"{i}", np.uint8(1), np.uint16(i))
+    assert len(again(classes).missing([f"{i}" for i in range(64)])) == 4
+    assert len(files(classes)) == 6
+
+
+def test_processes_write_pieces_of_their_own(classes):
+    """Two label and drop each their half; then one of them completes the folder."""
+    ids = [f"{i}" for i in range(10)]
+    others = again(classes)
+    for i, image_id in enumerate(ids):
+        (classes, others)[i % 2].write(image_id, np.uint8(0), np.uint16(i))
+    for store in (classes, others):
+        store.flush()
+    one, other = again(classes), again(classes)  # killed, and started anew
+    assert one.missing(ids) == []
+    for store, image_id in ((one, "3"), (other, "8")):
+        store.write_labels(image_id, np.uint8(255))
+        store.flush()
+    assert rows(again(one), ids)["8"] == (255, 8)
+    one.write_summary({})
+    assert files(one) == ["labels.npz", "summary.json"]
+    assert [i for i, (label, _) in rows(again(one), ids).items() if label == 255] == ["3", "8"]
+
+
+def test_a_piece_that_was_not_written_to_its_end_is_missing(classes, monkeypatch):
+    def save(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    classes.write("two", np.uint8(0), np.uint16(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", save)
+        with pytest.raises(KeyboardInterrupt):
+            classes.flush()
+    assert files(classes) == []
+    assert again(classes).missing(["two"]) == ["two"]
+    classes.flush()
+    assert again(classes).missing(["two"]) == []
+
+
+def test_records_of_whole_images(classes):
+    classes.write("two", np.uint8(1), np.uint16(2048))
+    classes.write_summary({})
+    source = pickle.loads(pickle.dumps(PseudoLabeled(Pictures(), classes)))
+    record = source[1]
+    assert (record["label"].shape, record["label"].dtype, record["label"]) == ((), np.uint8, 1)
+    assert record["confidence"].dtype == np.float32
+    assert record["confidence"] == 0.5
+    assert "confidence" not in PseudoLabeled(Pictures(), classes, confidence=False)[1]
+    with pytest.raises(UnreadableError, match=r"labels\.npz .* no label of city/one\. .*delete"):
+        source[0]
+    content = (classes.folder / "labels.npz").read_bytes()
+    altered = content[:90] + bytes(len(content) - 400) + content[-310:]
+    renamed = content.replace(b"levels", b"lavels")
+    for damaged in (content[:100], b"", b"PK", altered, renamed):
+        (classes.folder / "labels.npz").write_bytes(damaged)
+        with pytest.raises(UnreadableError, match=r"labels\.npz is not as it was written"):
+            again(classes).read("two")
+
+
+def test_batches_of_pseudo_labeled_images(classes):
+    for image_id, label, level in (("city/one", 1, 2048), ("two", 255, 0)):
+        classes.write(image_id, np.uint8(label), np.uint16(level))
+    classes.write_summary({})
+    feed = Feed(Stream("unlabeled", 2), PseudoLabeled(Pictures(), classes), Augment((4, 6)))
+    with batches([feed], seed=0, phase_index=0, start=0, steps=1) as iterator:
+        batch = next(iterator)["unlabeled"]
+    order = np.argsort(batch["index"])
+    assert batch["label"][order].tolist() == [1, 255]
+    assert batch["confidence"][order].tolist() == [0.5, 0.0]
+    assert (batch["label"].dtype, batch["confidence"].dtype) == (np.uint8, np.float32)
+    assert set(batch) == {"image", "label", "confidence", "index"}

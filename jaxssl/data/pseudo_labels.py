@@ -6,12 +6,20 @@
   summary.json        what came of it; it is written last, so the rest is complete
 
 A file gets its name when it is whole, so what a process that was killed has written holds.
+
+Where a label is a class of a whole image, all of them are in one file:
+
+  labels.npz          arrays of ids, of labels, 255 where none is kept, and of levels of confidence
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import threading
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +30,10 @@ from PIL import Image
 from jaxssl import selection
 from jaxssl.contracts import DataInfo, Record, Selection, Source, UnreadableError, UserError
 from jaxssl.data.files import open_image, whole, write_json
+from jaxssl.data.splits import fingerprint
+
+PIECE = 10_000
+"""So many labels of whole images wait in memory at most before they are on disk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +50,9 @@ class Store:
 
     @classmethod
     def of(cls, workdir: Path, phase: str, info: DataInfo) -> Store:
-        """Where a run has what a phase of that name learns from."""
-        return cls(workdir / "pseudo_labels" / phase, info)
+        """Where a run has what a phase of that name learns from, in the form that labels have."""
+        kind = ClassStore if info.task == "classification" else cls
+        return kind(workdir / "pseudo_labels" / phase, info)
 
     @property
     def complete(self) -> bool:
@@ -69,6 +82,9 @@ class Store:
         picture.putpalette(palette.tobytes())
         with whole(self._label(image_id)) as file:
             picture.save(file, "PNG", bits=8)
+
+    def flush(self) -> None:
+        """Makes sure that all that was written is on disk, as it is here at once."""
 
     def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
         """The label of an image, uint8 `[h,w]`, and its levels of confidence, uint16 `[h,w]`.
@@ -134,11 +150,134 @@ class Store:
         return self.folder / "confidence" / f"{image_id}.png"
 
 
+class _Rows:
+    """Labels of a `ClassStore` in memory; a copy in another process starts with none."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.known: dict[str, tuple[np.uint8, np.uint16]] | None = None
+        self.unsaved: dict[str, set[str]] = {name: set() for name in _PIECES}
+
+    def __reduce__(self):
+        return _Rows, ()
+
+
+_PIECES = ("labeled", "replaced")
+"""Kinds of pieces; of two that hold an image, the label of the later kind counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassStore(Store):
+    """The same for labels of whole images, arrays without dimensions.
+
+    Until the folder is complete, labels stand in pieces as they were written, `labeled.*.npz` and
+    `replaced.*.npz`, of any number of processes.
+    """
+
+    _rows: _Rows = dataclasses.field(default_factory=_Rows, init=False, repr=False, compare=False)
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """As `Store.missing`."""
+        with self._rows.lock:
+            known = self._load()
+            return [image_id for image_id in ids if image_id not in known]
+
+    def write(self, image_id: str, labels: np.ndarray, levels: np.ndarray) -> None:
+        """Takes the label of an image, uint8, and its level of confidence, uint16; many together
+        are put on disk.
+        """
+        self._put("labeled", image_id, (np.uint8(labels), np.uint16(levels)))
+
+    def write_labels(self, image_id: str, labels: np.ndarray) -> None:
+        """Replaces the label of an image that has one."""
+        _, level = self.read(image_id)
+        self._put("replaced", image_id, (np.uint8(labels), np.uint16(level)))
+
+    def flush(self) -> None:
+        """As `Store.flush`."""
+        with self._rows.lock:
+            for kind in _PIECES:
+                self._save(kind)
+
+    def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `Store.read`."""
+        with self._rows.lock:
+            found = self._load().get(image_id)
+        if found is None:
+            raise self._damaged(self._whole, f"there is no label of {image_id}")
+        return np.array(found[0]), np.array(found[1])
+
+    def read_labels(self, image_id: str) -> np.ndarray:
+        """As `Store.read_labels`."""
+        return self.read(image_id)[0]
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Completes the folder: one file is made of all pieces."""
+        self.flush()
+        with self._rows.lock:
+            self._rows.known = None  # other processes have written, too
+            self._write(self._whole, self._load())
+            for kind in _PIECES:
+                for path in self.folder.glob(f"{kind}.*.npz"):
+                    path.unlink()
+        super().write_summary(summary)
+
+    @property
+    def _whole(self) -> Path:
+        return self.folder / "labels.npz"
+
+    def _put(self, kind: str, image_id: str, row: tuple[np.uint8, np.uint16]) -> None:
+        with self._rows.lock:
+            self._load()[image_id] = row
+            self._rows.unsaved[kind].add(image_id)
+            if len(self._rows.unsaved[kind]) >= PIECE:
+                self._save(kind)
+
+    def _save(self, kind: str) -> None:
+        ids = self._rows.unsaved[kind]
+        if ids:
+            known = self._load()
+            path = self.folder / f"{kind}.{fingerprint(ids)}.npz"
+            self._write(path, {image_id: known[image_id] for image_id in ids})
+            ids.clear()
+
+    def _load(self) -> dict[str, tuple[np.uint8, np.uint16]]:
+        if self._rows.known is None:
+            known = {}
+            pieces = [sorted(self.folder.glob(f"{kind}.*.npz")) for kind in _PIECES]
+            for path in (*self.folder.glob(self._whole.name), *pieces[0], *pieces[1]):
+                known |= self._read(path)
+            self._rows.known = known
+        return self._rows.known
+
+    def _write(self, path: Path, rows: dict[str, tuple[np.uint8, np.uint16]]) -> None:
+        ids = sorted(rows)
+        labels, levels = (
+            np.array([rows[image_id][i] for image_id in ids], dtype)
+            for i, dtype in enumerate((np.uint8, np.uint16))
+        )
+        with whole(path) as file:
+            np.savez_compressed(file, ids=np.array(ids, np.str_), labels=labels, levels=levels)
+
+    def _read(self, path: Path) -> dict[str, tuple[np.uint8, np.uint16]]:
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+                ids, labels, levels = (stored[name] for name in ("ids", "labels", "levels"))
+            rows = zip(labels.astype(np.uint8), levels.astype(np.uint16), strict=True)
+            return dict(zip(ids.tolist(), rows, strict=True))
+        except (*_DAMAGE, OSError) as error:
+            raise self._damaged(path, str(error)) from None
+
+
+_DAMAGE = (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises where a file is none of its archives, or cut short, or altered."""
+
+
 class PseudoLabeled:
     """The images of a source with the labels of a store, and their confidence.
 
-    A record has `label` uint8 `[h,w]` and, if asked for, `confidence` float32 `[h,w]` in [0,1]. An
-    image without a label is an UnreadableError.
+    A record has `label` uint8 `[h,w]` and, if asked for, `confidence` float32 `[h,w]` in [0,1]; of
+    whole images neither has places. An image without a label is an UnreadableError.
     """
 
     def __init__(self, source: Source, store: Store, *, confidence: bool = True):
@@ -156,7 +295,7 @@ class PseudoLabeled:
             record["confidence"] = selection.confidence(levels)
         else:
             labels = self._store.read_labels(image_id)
-        if labels.shape != record["image"].shape[:2]:
+        if labels.shape != record["image"].shape[: labels.ndim]:
             raise UserError(
                 f"The image {record.get('file', record['id'])} has changed its size since it was "
                 f"labeled in {self._store.folder}. Restore it, or start in another --workdir."
