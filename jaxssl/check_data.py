@@ -82,15 +82,16 @@ def check(config: Config, console: Console) -> int:
     if sources:
         found = {name: inspect(sources[name], images[name], name, console) for name in sources}
         console.close()
-        console.table("Images", *_image_table(found))
-        info, masks = sources["labeled"].info, sources is not images
-        if masks:
-            console.table("Pixels of masks, in percent", *_class_table(found, info))
+        info, labeled = sources["labeled"].info, sources is not images
+        words = WORDS[info.task]
+        console.table("Images", *_image_table(found, words))
+        if labeled:
+            console.table(words.title, *_class_table(found, info, words))
         else:
-            console.message("Warning: The masks were not compared with the images.")
-        for line in _warnings(found, info, config):
+            console.message(f"Warning: The {words.labels} were not compared with the images.")
+        for line in _warnings(found, info, config, words):
             console.message(f"Warning: {line}")
-        reasons = [*_fatal(found, config, masks), *reasons]
+        reasons = [*_fatal(found, config, words, labeled=labeled), *reasons]
     for line in reasons:
         console.message(f"Training would fail: {line}")
     if not reasons:
@@ -101,10 +102,55 @@ def check(config: Config, console: Console) -> int:
 def _without_masks(data: Mapping[str, Any]) -> dict[str, Source]:
     """The sets that training reads, without labels, which opens no mask."""
     # Any two classes, but 0 and 1: else masks say what they are, which fails if one is wrong.
-    data = {**data, "classes": ("1 one", "2 other")}
+    made_up = {**data, "classes": ("1 one", "2 other")}
+    if loading.load(made_up, "val", labels=False).info.task == "segmentation":
+        data = made_up
     split, sources = loading.training_sets(data)
     labeled = loading.load(data, "train", False, split.labeled)
+    if split.holdout:
+        sources["holdout"] = loading.load(data, "train", False, split.holdout)
     return {**sources, "labeled": labeled, "val": loading.load(data, "val", labels=False)}
+
+
+class Words(NamedTuple):
+    """How labels are spoken of.
+
+    Attributes:
+      labels: what they are called.
+      position: what has one class.
+      counted: what is counted by class.
+      classes: that is told of each set.
+      title: of the table of classes.
+      advice: what to do about large images.
+    """
+
+    labels: str
+    position: str
+    counted: str
+    classes: str
+    title: str
+    advice: str
+
+
+WORDS: Mapping[str, Words] = {
+    "segmentation": Words(
+        labels="masks",
+        position="pixel",
+        counted="masks",
+        classes="classes a mask",
+        title="Pixels of masks, in percent",
+        advice="cut them and their masks into tiles",
+    ),
+    "classification": Words(
+        labels="labels",
+        position="image",
+        counted="images",
+        classes="classes",
+        title="Images of each class, in percent",
+        advice="make them smaller before",
+    ),
+}
+"""Task -> its words."""
 
 
 @dataclasses.dataclass
@@ -210,20 +256,22 @@ def _add(found: Findings, image_id: str, look: _Look | None, error: UserError | 
 _Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
-def _image_table(found: Mapping[str, Findings]) -> _Table:
+def _image_table(found: Mapping[str, Findings], words: Words) -> _Table:
     rows = []
     for name, one in found.items():
         sizes = auto.size_range(one.sizes) + (f", {len(one.sizes)} sizes" * (len(one.sizes) > 1))
         few, many = min(one.classes, default="-"), max(one.classes, default="-")
         classes = f"{few} to {many}" if few != many else f"{few}"
+        if words.position == "image":
+            classes = f"{(one.images[:IGNORE_LABEL] > 0).sum() or '-'}"
         counts = (len(one.ids), one.gray, classes, len(one.unreadable), len(one.refused))
         rows.append((name, sizes, *map(str, counts)))
-    columns = ("set", "height x width", "images", "gray", "classes a mask", "unreadable", "refused")
+    columns = ("set", "height x width", "images", "gray", words.classes, "unreadable", "refused")
     return columns, rows
 
 
-def _class_table(found: Mapping[str, Findings], info: DataInfo) -> _Table:
-    """Share of each class among the labeled pixels; and of the ignored ones among all."""
+def _class_table(found: Mapping[str, Findings], info: DataInfo, words: Words) -> _Table:
+    """Share of each class among the labeled pixels (or images); of the ignored ones among all."""
     labeled = {name: one for name, one in found.items() if one.pixels.any()}
     names = {**dict(enumerate(info.classes)), IGNORE_LABEL: "(ignored)"}
     rows = []
@@ -234,17 +282,19 @@ def _class_table(found: Mapping[str, Findings], info: DataInfo) -> _Table:
             share = f"{100 * one.pixels[label] / max(known, 1):.2f}"
             row += [share if one.pixels[label] else "absent", str(one.images[label])]
         rows.append(tuple(row))
-    columns = [word for name in labeled for word in (f"{name} %", "masks")]
+    columns = [word for name in labeled for word in (f"{name} %", words.counted)]
     return ("class", *columns), rows
 
 
-def _warnings(found: Mapping[str, Findings], info: DataInfo, config: Config) -> Iterator[str]:
+def _warnings(
+    found: Mapping[str, Findings], info: DataInfo, config: Config, words: Words
+) -> Iterator[str]:
     """What training would put up with, but its result would not."""
-    for name in ("labeled", "val"):
+    for name in found:
         absent = [c for label, c in enumerate(info.classes) if not found[name].pixels[label]]
         if absent and found[name].pixels.any():
             yield f"{len(absent)} classes are absent in {name}: {_few(absent)}."
-    for name, other in itertools.combinations(("labeled", "unlabeled", "val"), 2):
+    for name, other in itertools.combinations(found, 2):
         same = sorted(set(found[name].ids) & set(found[other].ids))
         if same and other == "val":  # data.overlap asks for it in the others
             yield f"{len(same)} ids are in {name} and in val: {_few(same)}."
@@ -255,7 +305,7 @@ def _warnings(found: Mapping[str, Findings], info: DataInfo, config: Config) -> 
         if large := sum(n for (height, width), n in sizes if height * width > LARGE):
             yield (
                 f"{large} images of {name} have more than {LARGE // 10**6} megapixels. Training "
-                "decodes a whole image for each crop: cut them and their masks into tiles."
+                f"decodes a whole image for each crop: {words.advice}."
             )
     for name, one in found.items():
         if one.unreadable and name != "val" and not _too_many(one, config):
@@ -289,16 +339,18 @@ def _suggest_ignore(foreign: Sequence[Mapping[int | str, int]], config: Config) 
     )
 
 
-def _fatal(found: Mapping[str, Findings], config: Config, masks: bool) -> Iterator[str]:
-    """Why training would fail, as far as files are concerned, `masks` among them or not."""
+def _fatal(
+    found: Mapping[str, Findings], config: Config, words: Words, *, labeled: bool
+) -> Iterator[str]:
+    """Why training would fail, as far as files are concerned, those of labels among them or not."""
     for name, one in found.items():
         if one.refused:
             yield f"{len(one.refused)} of {len(one.ids)} of {name}: {files.listed(one.refused)}"
         if one.unreadable and (name == "val" or _too_many(one, config)):
             yield f"{len(one.unreadable)} of {name} cannot be read: {files.listed(one.unreadable)}"
-        expected = masks and name != "unlabeled" and not one.refused
+        expected = labeled and name != "unlabeled" and not one.refused
         if expected and not one.pixels[:IGNORE_LABEL].any():
-            yield f"No pixel of {name} has a class."
+            yield f"No {words.position} of {name} has a class."
 
 
 def _too_many(found: Findings, config: Config) -> bool:

@@ -201,17 +201,45 @@ def test_weights_that_are_not_installed_are_named(root, monkeypatch):
     assert "Training would fail: The pretrained weights are in the package no-such-package" in text
 
 
-def test_class_ids_are_refused(tmp_path):
+def classified(data):
+    """A config for labels of whole images."""
+    config = configs.default()
+    with config.unlocked():
+        config.method.name = "supervised"
+        config.data.update(data)
+    config.update_from_flattened_dict({"steps": 1, "batch.labeled": 2, "crop": (8, 8)})
+    return config
+
+
+def test_class_ids_are_looked_at(tmp_path):
     data = test_tfds.prepare(tmp_path) | {"label_key": "label", "classes": (), "split": "2"}
-    ids = configs.default()
-    with ids.unlocked():
-        ids.method.name = "supervised"
-        ids.data.update(data)
-    ids.update_from_flattened_dict({"steps": 1, "batch.labeled": 2})
-    code, text = check(ids)
-    assert code == 1
-    assert "'tfds' are class ids, one an image" in text
-    assert any(row.startswith("labeled ") for row in rows(text))
+    _, text = check(classified(data))
+    assert "5 100.00 2 100.00 3" in rows(text)
+    assert "Warning: 36 classes are absent in labeled" in text
+    assert "masks" not in text
+
+
+def test_a_folder_for_each_class(tmp_path):
+    for name, count in {"cat": 6, "dog": 5}.items():
+        for i in range(count):
+            save(tmp_path / f"train/{name}/{i}.png", image(10 * len(name) + i + count, (9, 10)))
+    save(tmp_path / "val/cat/copy.png", image(37, (9, 10)))
+    save(tmp_path / "val/dog/gray.png", np.dstack([image(1)[..., 0]] * 3))
+    (tmp_path / "val/dog/broken.png").write_bytes(b"no image")
+    (tmp_path / "unlabeled").mkdir()
+    save(tmp_path / "unlabeled/x.png", image(99))
+    data = {"name": "class_folders", "root": str(tmp_path), "split": "4", "extra": True}
+    _, text = check(classified({**data, "validation": 2}))
+    lines = rows(text)
+    assert "set height x width images gray classes unreadable refused" in lines
+    assert "labeled 9x10 4 0 2 0 0" in lines
+    assert "unlabeled 9x10 to 40x50, 2 sizes 6 0 - 0 0" in lines
+    assert "holdout 9x10 2 0 2 0 0" in lines
+    assert "val 9x10 to 40x50, 2 sizes 3 1 2 1 0" in lines
+    assert "cat 50.00 2 50.00 1 50.00 1" in lines
+    assert re.search(r"1 pictures are in \w+ and in val: train/cat/1 and val/cat/copy", text)
+    assert re.search(r"Training would fail: 1 of val cannot be read: .*broken\.png", text, re.S)
+    assert "masks" not in text
 
 
 def test_images_are_looked_at_where_no_class_table_can_be_made(root):
@@ -307,8 +335,8 @@ def test_streets_are_checked_too(tmp_path, monkeypatch):
 
 
 def test_a_wrong_method_is_no_matter_of_the_data(root):
-    with pytest.raises(UserError, match="fixmatch"):
-        check(config(root, "fixmatch"))
+    with pytest.raises(UserError, match="no_such_method"):
+        check(config(root, "no_such_method"))
 
 
 class Made:
