@@ -425,7 +425,7 @@ def test_preprocessing_is_a_name():
         UserError, match=r"preprocessing is 'bgr'; it must be one of 'imagenet', 'c"
     ):
         make(preprocessing="bgr")
-    assert set(network.PREPROCESSING) == {"imagenet", "caffe"}
+    assert set(network.PREPROCESSING) == {"imagenet", "caffe", "inception"}
 
 
 def test_efficientnet_has_its_own_colors(tmp_path):

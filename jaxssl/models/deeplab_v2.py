@@ -19,7 +19,7 @@ from jaxssl.models import layers, network, segmentation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model(segmentation.SegmentationNetwork):
+class Model(segmentation.ConvolutionalNetwork):
     """DeepLabv2. Its features are the output of the backbone; no single 1x1 convolution follows.
 
     Attributes:

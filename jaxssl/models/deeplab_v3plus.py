@@ -21,7 +21,7 @@ from jaxssl.models import layers, segmentation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model(segmentation.SegmentationNetwork):
+class Model(segmentation.ConvolutionalNetwork):
     """DeepLabv3+.
 
     Attributes:

@@ -61,7 +61,7 @@ def plan(
     Args:
       output_stride: 8, 16 or 32.
       survival: probability that a residual branch is kept.
-      schedule: of that probability, as in `resnet.plan`.
+      schedule: of that probability, as in `layers.survival_probability`.
     """
     reached, dilation, stage, done = 2, 1, -1, 0
     total = sum(count for count, *_ in GROUPS)
@@ -69,7 +69,6 @@ def plan(
         step = stride if reached * stride <= output_stride else 1
         widened, stage = dilation * stride // step, stage + stride - 1
         for i in range(count):
-            share = (done + 1) / total if schedule == "linear" else 1.0
             yield BlockPlan(
                 name=f"block{done}",
                 stage=stage,
@@ -78,7 +77,7 @@ def plan(
                 dilation=dilation if i == 0 else widened,
                 expansion=expansion,
                 features=features,
-                survival=1 - share * (1 - survival),
+                survival=layers.survival_probability(done + 1, total, survival, schedule),
             )
             done += 1
         reached, dilation = reached * step, widened

@@ -283,6 +283,20 @@ class Dropout(nn.Module):
         return drop(x, deterministic=not self.has_rng("dropout"))
 
 
+def survival_probability(block: int, blocks: int, least: float, schedule: str) -> float:
+    """How probable it is that a residual branch is kept (stochastic depth).
+
+    Args:
+      block: which one from the input on, 1 the first.
+      blocks: how many there are.
+      least: the probability of the last block.
+      schedule: "constant", or "linear" from 1 at the input to `least` at the last block (Huang et
+        al., Deep networks with stochastic depth, ECCV 2016, eq. 4).
+    """
+    share = block / blocks if schedule == "linear" else 1.0
+    return 1 - share * (1 - least)
+
+
 class ConvBNReLU(nn.Module):
     """Convolution, batch normalization, ReLU."""
 

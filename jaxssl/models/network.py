@@ -21,10 +21,12 @@ Color: TypeAlias = tuple[float, float, float]
 PREPROCESSING: Mapping[str, tuple[Color, Color]] = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "caffe": ((122.675, 116.669, 104.008), (1.0, 1.0, 1.0)),
+    "inception": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
 }
-"""Name -> (mean, std) in [0,255], red first: of torchvision's weights, and of DeepLab's in Caffe.
+"""Name -> (mean, std) in [0,255], red first: of torchvision's weights, of DeepLab's in Caffe, and
+of ViT's, from -1 to 1, as Inception's were and timm calls them.
 
-The latter see blue first; `pretrained.load` turns them around.
+Caffe's see blue first; `pretrained.load` turns them around.
 """
 
 
@@ -144,20 +146,20 @@ def _draw(network: LinenNetwork, key: jax.Array, size: tuple[int, int]) -> Varia
 
 
 def _randomized(key: jax.Array, params: Params) -> Params:
-    """Multiplies the kernels, which hold their standard deviations, by normal numbers.
+    """Multiplies what holds its standard deviation by normal numbers.
 
     One draw serves all: a generator per layer would take ten times as long to compile.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    sizes = [leaf.size for path, leaf in leaves if _is_kernel(path)]
+    sizes = [leaf.size for path, leaf in leaves if _is_drawn(path)]
     normal = iter(jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1]))
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x * next(normal).reshape(x.shape) if _is_kernel(path) else x, params
+        lambda path, x: x * next(normal).reshape(x.shape) if _is_drawn(path) else x, params
     )
 
 
-def _is_kernel(path: tuple[Any, ...]) -> bool:
-    return path[-1].key == "kernel"
+def _is_drawn(path: tuple[Any, ...]) -> bool:
+    return path[-1].key in ("kernel", "positions", "tokens")
 
 
 class EncoderDecoder(nn.Module):

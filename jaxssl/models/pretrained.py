@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxssl.contracts import UserError, Variables
-from jaxssl.models import efficientnet_lite, hub, torch_names, weight_files
+from jaxssl.models import efficientnet_lite, hub, torch_names, vit, weight_files
 
 
 class File(NamedTuple):
@@ -148,7 +149,7 @@ def open_weights(backbone: str, name: str, *, bgr: bool = False) -> torch_names.
         path = hub.find(name) if name.startswith(hub.PREFIX) else Path(name).expanduser()
         weights = torch_names.find(weight_files.read(path), str(path))
     if bgr:
-        if weights.body is None:
+        if not isinstance(weights.body, torch_names.Body):
             raise UserError('model.preprocessing "caffe" is for ResNets. Set it to "imagenet".')
         first = weights.name_of(("backbone", "stem1", "conv", "kernel"))
         weights.arrays[first] = weights.arrays[first][:, ::-1]
@@ -249,7 +250,8 @@ def fill(
 
     Args:
       variables: trees of arrays, or of their shapes and dtypes.
-      arrays: name -> convolution `[O,I,kh,kw]`, matrix `[O,I]` or vector.
+      arrays: name -> convolution `[O,I,kh,kw]`, matrix `[O,I]` or vector; a transformer's as
+        `vit_names.prepare` gives them, of which position embeddings are resized to our grid.
       name_of: path of a leaf -> name of its array.
 
     Raises:
@@ -274,7 +276,9 @@ def _match(
         if name not in arrays:
             missing.append(where)
             return leaf
-        array = torch_names.to_ours(arrays[name])
+        array = torch_names.to_ours(arrays[name], len(leaf.shape))
+        if path[-1] == "positions" and array.ndim == 3:
+            array = np.asarray(vit.resize_positions(jnp.asarray(array), leaf.shape[:2]))
         taken[where] = name
         if array.shape != leaf.shape:
             misfits.append(Misfit(name, array.shape, where, leaf.shape))

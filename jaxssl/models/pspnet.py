@@ -18,7 +18,7 @@ from jaxssl.models import layers, network, segmentation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model(segmentation.SegmentationNetwork):
+class Model(segmentation.ConvolutionalNetwork):
     """PSPNet.
 
     Attributes:

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxssl.models.layers import Conv, ConvBNReLU, Dropout, NormDef, max_pool
+from jaxssl.models.layers import (
+    Conv,
+    ConvBNReLU,
+    Dropout,
+    NormDef,
+    max_pool,
+    survival_probability,
+)
 
 DEPTHS: dict[str, tuple[bool, tuple[int, int, int, int]]] = {
     "resnet10": (False, (1, 1, 1, 1)),
@@ -56,8 +63,7 @@ def plan(
       output_stride: 8, 16 or 32.
       multi_grid: at least one factor per block of the last stage.
       survival: probability that a residual branch is kept.
-      schedule: "constant", or "linear" from 1 at the input to `survival` at the last block
-        (Huang et al., Deep networks with stochastic depth, ECCV 2016, eq. 4).
+      schedule: of that probability, as in `layers.survival_probability`.
       dilate_first: dilates the first block of a stage like the others.
     """
     reached, dilation, done = 4, 1, 0
@@ -68,14 +74,13 @@ def plan(
         reached *= stride
         for i in range(depth):
             done += 1
-            share = done / sum(depths) if schedule == "linear" else 1.0
             yield BlockPlan(
                 name=f"layer{stage + 1}_{i}",
                 stage=stage,
                 stride=stride if i == 0 else 1,
                 dilation=(dilation if i > 0 or dilate_first else previous)
                 * (multi_grid[i] if stage == len(depths) - 1 else 1),
-                survival=1 - share * (1 - survival),
+                survival=survival_probability(done, sum(depths), survival, schedule),
             )
 
 

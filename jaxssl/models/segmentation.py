@@ -1,4 +1,4 @@
-"""What the convolutional segmentation networks share: a backbone with its fields, and heads."""
+"""What the segmentation networks share: a backbone with its fields, and heads."""
 
 from __future__ import annotations
 
@@ -19,22 +19,12 @@ EFFICIENTNET = "efficientnet_lite0"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentationNetwork(network.LinenNetwork):
-    """A ResNet or EfficientNet-Lite0 and heads on its stages; a network's own file gives the heads.
+    """A backbone and heads on its four stages.
 
     Attributes:
-      backbone: "resnet10", "resnet18", "resnet34", "resnet50", "resnet101" or
-        "efficientnet_lite0".
+      backbone: its name.
       pretrained: weights to start with: a name that `pretrained.FILES` has for the backbone, or
         what else `pretrained.check_name` lets pass; "": random ones.
-      width: channels of a ResNet's first stage, before the bottlenecks' factor of 4.
-      stem: of a ResNet, "deep" (three 3x3 convolutions) or "conv7".
-      stem_width: channels of the deep stem's first two convolutions, half of those that any stem
-        gives out; 0: half of `width`.
-      output_stride: of the backbone, 8, 16 or 32.
-      multi_grid: factors of the dilations in a ResNet's last stage, block by block.
-      dilate_first: in a ResNet, the first block of a dilated stage has that stage's dilation, not
-        that of the stage before.
-      zero_init: a ResNet's residual blocks start as identity.
       auxiliary: a second, small head on the third stage, computed where BatchNorm uses the
         batch's statistics.
       embedding: E, channels of what a representation head gives out, beside the classifier, for a
@@ -46,15 +36,8 @@ class SegmentationNetwork(network.LinenNetwork):
       remat: trades time for memory in the backbone.
     """
 
-    backbone: str = "resnet50"
+    backbone: str
     pretrained: str = ""
-    width: int = 64
-    stem: str = "deep"
-    stem_width: int = 0
-    output_stride: int = 16
-    multi_grid: tuple[int, ...] = (1, 1, 1)
-    dilate_first: bool = False
-    zero_init: bool = False
     auxiliary: bool = False
     embedding: int = 0
     dropout: float = 0.0
@@ -65,20 +48,23 @@ class SegmentationNetwork(network.LinenNetwork):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        network.check_choice("backbone", self.backbone, (*resnet.DEPTHS, EFFICIENTNET))
+        network.check_choice("backbone", self.backbone, self.backbones())
         pretrained.check_name(self.backbone, self.pretrained)
-        network.check_choice("stem", self.stem, ("deep", "conv7"))
-        network.check_choice("output_stride", self.output_stride, (8, 16, 32))
-        schedule, survival = self.stochastic_depth_schedule, self.stochastic_depth
-        network.check_choice("stochastic_depth_schedule", schedule, ("constant", "linear"))
-        network.check("stochastic_depth", survival, 0 < survival <= 1, "in (0, 1]")
         network.check("embedding", self.embedding, self.embedding >= 0, "0 or more channels")
         for field in ("dropout", "decoder_dropout"):
             rate = getattr(self, field)
             network.check(field, rate, 0 <= rate < 1, "in [0, 1)")
-        if self.backbone in resnet.DEPTHS:
-            grid, last = self.multi_grid, resnet.DEPTHS[self.backbone][1][-1]
-            network.check("multi_grid", grid, len(grid) >= last, f"at least {last} factors")
+        schedule, survival = self.stochastic_depth_schedule, self.stochastic_depth
+        network.check_choice("stochastic_depth_schedule", schedule, ("constant", "linear"))
+        network.check("stochastic_depth", survival, 0 < survival <= 1, "in (0, 1]")
+
+    @abc.abstractmethod
+    def backbones(self) -> tuple[str, ...]:
+        """Names of the backbones that there are."""
+
+    @abc.abstractmethod
+    def body(self, norm: layers.NormDef) -> nn.Module:
+        """The backbone: normalized `[B,H,W,3]` -> outputs of four stages."""
 
     @abc.abstractmethod
     def head(self, norm: layers.NormDef) -> nn.Module:
@@ -93,6 +79,55 @@ class SegmentationNetwork(network.LinenNetwork):
         conv = functools.partial(layers.ConvBNReLU, norm=norm)
         return Representation(self.embedding, conv, self.decoder_dropout)
 
+    def module(self, *, batch_stats: bool) -> nn.Module:
+        """The linen module in one of its two modes."""
+        norm = self.norm(batch_stats)
+        return network.EncoderDecoder(
+            backbone=self.body(norm),
+            head=self.head(norm),
+            auxiliary=self.auxiliary_head(norm) if self.auxiliary and batch_stats else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvolutionalNetwork(SegmentationNetwork):
+    """With a ResNet or EfficientNet-Lite0; a network's own file gives the heads.
+
+    Attributes:
+      backbone: "resnet10", "resnet18", "resnet34", "resnet50", "resnet101" or
+        "efficientnet_lite0".
+      width: channels of a ResNet's first stage, before the bottlenecks' factor of 4.
+      stem: of a ResNet, "deep" (three 3x3 convolutions) or "conv7".
+      stem_width: channels of the deep stem's first two convolutions, half of those that any stem
+        gives out; 0: half of `width`.
+      output_stride: of the backbone, 8, 16 or 32.
+      multi_grid: factors of the dilations in a ResNet's last stage, block by block.
+      dilate_first: in a ResNet, the first block of a dilated stage has that stage's dilation, not
+        that of the stage before.
+      zero_init: a ResNet's residual blocks start as identity.
+    """
+
+    backbone: str = "resnet50"
+    width: int = 64
+    stem: str = "deep"
+    stem_width: int = 0
+    output_stride: int = 16
+    multi_grid: tuple[int, ...] = (1, 1, 1)
+    dilate_first: bool = False
+    zero_init: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        network.check_choice("stem", self.stem, ("deep", "conv7"))
+        network.check_choice("output_stride", self.output_stride, (8, 16, 32))
+        if self.backbone in resnet.DEPTHS:
+            grid, last = self.multi_grid, resnet.DEPTHS[self.backbone][1][-1]
+            network.check("multi_grid", grid, len(grid) >= last, f"at least {last} factors")
+
+    def backbones(self) -> tuple[str, ...]:
+        """Names of the backbones that there are."""
+        return (*resnet.DEPTHS, EFFICIENTNET)
+
     @property
     def mean(self) -> tuple[float, float, float]:
         """The color that becomes 0: the backbone's."""
@@ -103,16 +138,8 @@ class SegmentationNetwork(network.LinenNetwork):
         """The distance from `mean` that becomes 1: the backbone's."""
         return efficientnet_lite.STD if self.backbone == EFFICIENTNET else super().std
 
-    def module(self, *, batch_stats: bool) -> nn.Module:
-        """The linen module in one of its two modes."""
-        norm = self.norm(batch_stats)
-        return network.EncoderDecoder(
-            backbone=self._backbone(norm),
-            head=self.head(norm),
-            auxiliary=self.auxiliary_head(norm) if self.auxiliary and batch_stats else None,
-        )
-
-    def _backbone(self, norm: layers.NormDef) -> nn.Module:
+    def body(self, norm: layers.NormDef) -> nn.Module:
+        """The backbone: normalized `[B,H,W,3]` -> outputs of four stages."""
         shared = {
             "norm": norm,
             "output_stride": self.output_stride,

@@ -1,9 +1,9 @@
-"""What PyTorch libraries call the arrays of our networks, and which ResNet a file holds.
+"""What PyTorch libraries call the arrays of our networks, and which backbone a file holds.
 
 ResNets as torchvision, timm, mmseg (with the stem "v1c") and semseg (its `resnet50_v2`) name them;
 heads of DeepLabv3+ as mmseg, of DeepLabv2 as AdvSemiSeg and DMT's code, of PSPNet as mmseg
-and semseg do. A network may stand anywhere in a file: before its names there may be
-`state_dict.`, `module.`, `backbone.` and the like.
+and semseg do; transformers as `vit_names` says. A network may stand anywhere in a file: before its
+names there may be `state_dict.`, `module.`, `backbone.` and the like.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxssl.contracts import UserError
-from jaxssl.models import efficientnet_lite, resnet, weight_files
+from jaxssl.models import efficientnet_lite, resnet, vit_names, weight_files
 
 Shape = tuple[int, ...]
 
-MARKS = {"resnet": "layer1.0.conv1.weight", "efficientnet_lite0": "_conv_stem.weight"}
+MARKS = {
+    "resnet": "layer1.0.conv1.weight",
+    "efficientnet_lite0": "_conv_stem.weight",
+    "vit": vit_names.MARK,
+}
 """Kind of backbone -> an array that it has in all libraries."""
 
 OUTER = ("state_dict.", "model_state_dict.", "model_state.", "model.", "network.", "net.")
@@ -73,7 +77,7 @@ class Contents(NamedTuple):
       arrays: of the network, by their names in the file; PyTorch's layout.
       name_of: path in our trees -> name in the file, or "".
       backbone: names of the arrays that are the backbone's.
-      body: what ResNet it is; None for EfficientNet-Lite0.
+      body: what ResNet or transformer it is; None for EfficientNet-Lite0.
       prefix: of the backbone's names.
       others: prefixes of other networks in the file.
     """
@@ -82,7 +86,7 @@ class Contents(NamedTuple):
     arrays: dict[str, np.ndarray]
     name_of: Callable[[tuple[str, ...]], str]
     backbone: frozenset[str] = frozenset()
-    body: Body | None = None
+    body: Body | vit_names.Transformer | None = None
     prefix: str = ""
     others: tuple[str, ...] = ()
 
@@ -106,7 +110,8 @@ def find(arrays: Mapping[str, np.ndarray], where: str) -> Contents:
     if not starts:
         raise UserError(
             f"{where} holds no backbone that is known here, such as a ResNet with the names of "
-            f"torchvision, timm, mmseg or semseg. Its arrays are {weight_files.describe(arrays)}."
+            "torchvision, timm, mmseg or semseg, or a ViT with those of timm or mmseg. Its arrays "
+            f"are {weight_files.describe(arrays)}."
         )
     prefix = _choose(tuple(starts), where)
     outer = re.sub(r"(backbone|encoder)\.$", "", prefix)
@@ -129,7 +134,14 @@ def find(arrays: Mapping[str, np.ndarray], where: str) -> Contents:
             return prefix + efficientnet_lite.torch_name(path) if path[0] == "backbone" else ""
 
         return Contents(where, mine, name_of, frozenset(backbone), **found)
-    _refuse_other_kinds({short[name]: array.shape for name, array in mine.items()}, where)
+    if starts[prefix] == "vit":
+        full = {short[name]: name for name in mine}
+        prepared = vit_names.prepare({name: mine[full[name]] for name in full}, where)
+        short = {full.get(name, prefix + name): name for name in prepared}
+        mine = {name: prepared[short[name]] for name in short}
+        vit_names.refuse_others({name: array.shape for name, array in prepared.items()}, where)
+    else:
+        _refuse_other_kinds({short[name]: array.shape for name, array in mine.items()}, where)
     ours = _our_paths({short[name]: array.ndim for name, array in mine.items()})
     names = {ours[short[name]]: name for name in mine if short[name] in ours}
     shapes = {path: to_ours(mine[name]).shape for path, name in names.items()}
@@ -144,19 +156,24 @@ def find(arrays: Mapping[str, np.ndarray], where: str) -> Contents:
     )
 
 
-def to_ours(array: np.ndarray) -> np.ndarray:
+def to_ours(array: np.ndarray, axes: int = 4) -> np.ndarray:
     """Turns PyTorch's layout to ours: convolutions `[O,I,kh,kw]` and matrices `[O,I]` become
-    `[kh,kw,I,O]`; others stay as they are.
+    `[kh,kw,I,O]`, or matrices `[I,O]` where that is what has as many `axes`; others stay as they
+    are.
     """
+    if array.ndim == axes == 2:
+        return array.T
     if array.ndim == 2:
         array = array[:, :, None, None]
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
-def body(shapes: Mapping[str, Shape]) -> Body | None:
-    """The ResNet with arrays of these shapes, by "backbone/layer1_0/conv1/kernel" and the like;
-    None where there is none.
+def body(shapes: Mapping[str, Shape]) -> Body | vit_names.Transformer | None:
+    """The ResNet or transformer with arrays of these shapes, by "backbone/layer1_0/conv1/kernel"
+    and the like; None where there is none.
     """
+    if (transformer := vit_names.body(shapes)) is not None:
+        return transformer
     blocks = {m[0] for path in shapes if (m := re.match(r"backbone/layer\d_\d+/", path))}
     if not blocks:
         return None
@@ -169,12 +186,14 @@ def body(shapes: Mapping[str, Shape]) -> Body | None:
     )
 
 
-def compare(weights: Contents, ours: Body | None, model: Mapping[str, Any]) -> None:
+def compare(
+    weights: Contents, ours: Body | vit_names.Transformer | None, model: Mapping[str, Any]
+) -> None:
     """Refuses weights of another backbone than a network's, and says what to set.
 
     Args:
       weights: of a file.
-      ours: the network's ResNet; None where its backbone is something else.
+      ours: the network's ResNet or transformer; None where its backbone is something else.
       model: the section `model` of its config.
     """
     theirs = weights.body
@@ -184,6 +203,11 @@ def compare(weights: Contents, ours: Body | None, model: Mapping[str, Any]) -> N
         f"{weights.where} holds {theirs or 'efficientnet_lite0'}, and the network has "
         f"{ours or model['backbone']}. "
     )
+    transformers = [isinstance(one, vit_names.Transformer) for one in (theirs, ours)]
+    if any(transformers) and not all(transformers):
+        raise UserError(
+            f"{text}SETR takes the weights of a ViT, and no other network does: take other weights."
+        )
     wanted: dict[str, Any] = {"backbone": "efficientnet_lite0"}
     if theirs is not None:
         wanted = theirs.settings()
@@ -220,10 +244,12 @@ def _our_paths(dimensions: Mapping[str, int]) -> dict[str, str]:
     """
     deep, paths = "conv1.0.weight" in dimensions, {}
     for name, count in dimensions.items():
+        if name in vit_names.WHOLE:
+            paths[name] = vit_names.WHOLE[name]
         layer, _, leaf = name.rpartition(".")
         # timm's deep stem is a sequence whose last normalization stands outside of it.
         layer = "conv1.7" if deep and layer == "bn1" else layer
-        for pattern, path in _RULES:
+        for pattern, path in (*_RULES, *vit_names.RULES):
             if (match := re.fullmatch(pattern, layer)) and leaf in _LEAVES:
                 ours = "kernel" if leaf == "weight" and count > 1 else _LEAVES[leaf]
                 paths[name] = f"{path(match)}/{ours}"
