@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from jaxssl.contracts import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of what `meta` and `state` hold; another one is not read."""
 
 

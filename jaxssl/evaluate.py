@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -37,37 +38,63 @@ class Evaluation:
     Attributes:
       confusion: int64 `[C,C]`, rows are the truth.
       mode: how images were shown to the network, in words.
+      measure: what the score is.
+      reliability: sums about its confidences, in classification.
     """
 
     confusion: np.ndarray
     mode: str
+    measure: metrics.Measure = metrics.MEASURES["segmentation"]
+    reliability: metrics.Reliability | None = None
 
     @property
-    def iou(self) -> np.ndarray:
-        """Intersection over union per class, 0 to 1, nan for an absent class."""
-        return metrics.iou(self.confusion)
+    def score(self) -> float:
+        """What networks are compared by, 0 to 1."""
+        return self.measure.score(self.confusion)
 
     @property
-    def miou(self) -> float:
-        """Mean over the classes that are present, 0 to 1."""
-        return metrics.mean_iou(self.confusion)
+    def choice(self) -> float:
+        """What weights are chosen by, 0 to 1: the score or, of whole images, the mean probability
+        of the true class, since a few images have few scores (DMT's fine-grained testing).
+        """
+        return self.calibration.get("true_probability", self.score)
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """The score of each class, float64 `[C]`, 0 to 1, nan for one that is absent."""
+        return self.measure.per_class(self.confusion)
 
     @property
     def present(self) -> np.ndarray:
-        """Bool `[C]`: classes that are true or predicted somewhere; the others are absent."""
-        return ~np.isnan(self.iou)
+        """Bool `[C]`: classes that occur; the others are absent."""
+        return ~np.isnan(self.per_class)
+
+    @property
+    def calibration(self) -> dict[str, float]:
+        """What confidences are worth, in classification."""
+        if self.reliability is None:
+            return {}
+        return {
+            "calibration_error": metrics.calibration_error(self.reliability),
+            "true_probability": metrics.true_probability(self.reliability),
+        }
 
     def to_json(self, classes: Sequence[str]) -> dict[str, Any]:
-        """`mode`, `miou`, `iou` of the classes that are present by name, and names of `absent`
-        ones.
+        """`mode`, the score by its name and, by that of the measure, those of the classes that are
+        present, and names of `absent` ones; in classification also `confusion`, `calibration_error`
+        and `true_probability`.
         """
-        iou = {
-            name: float(value)
-            for name, value in zip(classes, self.iou, strict=True)
-            if not np.isnan(value)
+        scores = zip(classes, self.per_class.tolist(), self.present, strict=True)
+        present = {name: value for name, value, there in scores if there}
+        values = {
+            "mode": self.mode,
+            self.measure.name: self.score,
+            self.measure.of_class: present,
+            "absent": [name for name in classes if name not in present],
         }
-        absent = [name for name in classes if name not in iou]
-        return {"mode": self.mode, "miou": self.miou, "iou": iou, "absent": absent}
+        if self.reliability is not None:
+            values |= {**self.calibration, "confusion": self.confusion.tolist()}
+        return values
 
 
 class Evaluator:
@@ -78,6 +105,7 @@ class Evaluator:
 
     Attributes:
       how: images are shown.
+      whole_labels: whether a label is a class of the whole image.
       mesh: the devices of this process.
       batch: images that they take at a time.
       bucket: what the sides of images are padded to a multiple of.
@@ -104,6 +132,12 @@ class Evaluator:
           say: takes a line on what was compiled, where images differ in size.
         """
         self.how = Presentation.of(config.eval, config.crop)
+        self.whole_labels = source.info.task == "classification"
+        if self.whole_labels and self.how.mode in ("slide", "half_res"):
+            raise UserError(
+                f"eval.mode={self.how.mode} is for labels of pixels. To classify images, set "
+                "--config.eval.mode=whole, or center_crop where they differ in size."
+            )
         # What is halved before it is shown must not be halved again.
         self._halves = self.how.mode == "half_res"
         self._scored = dataclasses.replace(self.how, mode="whole") if self._halves else self.how
@@ -114,7 +148,7 @@ class Evaluator:
         self.batch = sharding.round_up(share, self.mesh)
         self._everywhere, self._rows = sharding.replicated(self.mesh), sharding.batched(self.mesh)
         self._halve = jax.jit(halve, out_shardings=self._rows)
-        self._count = jax.jit(self._confusion, out_shardings=self._everywhere)
+        self._count = jax.jit(self._sums, out_shardings=self._everywhere)
         self._programs: dict[tuple[Network, Presentation], Predict] = {}
         self._compiled: set[tuple[Any, ...]] = set()
 
@@ -124,30 +158,25 @@ class Evaluator:
         Raises:
           UserError: the source has no labels, or no labeled pixel.
         """
-        C, variables = self._source.info.num_classes, self.local(variables)
-        total, padded = np.zeros((C, C), np.int64), np.zeros((), np.int64)
+        variables, info = self.local(variables), self._source.info
 
-        def update(batch: Mapping[str, jax.Array]) -> jax.Array:
+        def update(batch: Mapping[str, jax.Array]) -> dict[str, Any]:
             if "label" not in batch:
                 raise UserError(_NO_LABELS)
             batch = self._halve(batch) if self._halves else batch
             logits = self.predict(name, self._scored, variables, batch)
-            return self._count(batch["label"], logits)
-
-        def add(batch: Mapping[str, np.ndarray], counts: np.ndarray) -> None:
-            # A device's int32 would overflow over a data set.
-            np.add(total, counts, out=total)
-            np.add(padded, (~batch["valid"][batch["index"] >= 0]).any(), out=padded)
+            return self._count(batch, logits)
 
         center = self.how.center
         with self.telling_compilations("Evaluation"):
-            batches = self._batches(sweep.share(self._source), center)
-            sweep.each(update, batches, self.mesh, add)
-        total, padded = sweep.sum_over_processes((total, padded))
-        if not total.any():
+            batches = sweep.in_shares(self._source, self.batch, bucket=self.bucket, center=center)
+            sums = sweep.sum_over_processes(sweep.add_up(update, batches, self.mesh))
+        if not sums["confusion"].any():
             raise UserError(_NO_LABELS)
-        note = f", padded to multiples of {self.bucket}" if padded and center is None else ""
-        return Evaluation(total, f"{self.how}{note}")
+        padded = sums["padded"] and center is None
+        note = f", padded to multiples of {self.bucket}" if padded else ""
+        measure = metrics.MEASURES[info.task]
+        return Evaluation(sums["confusion"], f"{self.how}{note}", measure, sums.get("reliability"))
 
     def maps(
         self,
@@ -172,16 +201,18 @@ class Evaluator:
 
         def collect(batch: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray]) -> None:
             for row, (index, valid) in enumerate(zip(batch["index"], batch["valid"], strict=True)):
-                height, width = valid.any(1).sum(), valid.any(0).sum()
-                found[int(index)] = {key: x[row, :height, :width] for key, x in maps.items()}
+                place = pipeline.filled(valid)
+                found[int(index)] = {key: x[row][place] for key, x in maps.items()}
 
-        sweep.each(update, self._batches(source), self.mesh, collect)
+        sweep.each(update, self.batches(source), self.mesh, collect)
         return [found[i] for i in range(len(source))]
 
     def predict(
         self, name: str, how: Presentation, variables: Variables, batch: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Logits `[b,h,w,C]` of a batch on `mesh`; networks of one architecture share a program."""
+        """Logits `[b,h,w,C]`, or `[b,C]`, of a batch on `mesh`; networks of one architecture share
+        a program.
+        """
         program = self._nets[name.removeprefix(TEACHER)], how
         if program not in self._programs:
             self._programs[program] = jax.jit(
@@ -209,13 +240,34 @@ class Evaluator:
                 f"start. A larger --config.eval.bucket (now {self.bucket}) pads to fewer sizes."
             )
 
-    def _batches(
-        self, source: Source, center: tuple[int, int] | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.in_order(source, self.batch, bucket=self.bucket, center=center)
+    @property
+    def fitted(self) -> tuple[int, int] | None:
+        """(height, width) that whole images are brought to before they are classified, if any."""
+        return self.how.center if self.whole_labels else None
 
-    def _confusion(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        return metrics.confusion_matrix(labels, logits.argmax(-1), self._source.info.num_classes)
+    def batches(self, source: Source, size: int | None = None, **options: Any) -> Iterator[Any]:
+        """Images in order, whole or `fitted`; see `pipeline.in_order`.
+
+        Args:
+          source: of images.
+          size: of a batch, `batch` if None.
+          **options: of `in_order`.
+        """
+        return pipeline.in_order(
+            source, size or self.batch, bucket=self.bucket, center=self.fitted, **options
+        )
+
+    def _sums(self, batch: Mapping[str, jax.Array], logits: jax.Array) -> dict[str, Any]:
+        """What a batch adds to an evaluation."""
+        labels, C = batch["label"], self._source.info.num_classes
+        rows = (batch["index"] >= 0).reshape(-1, *(1,) * (batch["valid"].ndim - 1))
+        sums: dict[str, Any] = {
+            "confusion": metrics.confusion_matrix(labels, logits.argmax(-1), C),
+            "padded": jnp.sum(~batch["valid"] & rows, dtype=jnp.int32),
+        }
+        if self.whole_labels:
+            sums["reliability"] = metrics.reliability(labels, logits)
+        return sums
 
 
 _NO_LABELS = (
@@ -269,9 +321,8 @@ def evaluate_trained(run: Trained, network: str | None, step: str, split: str) -
     rows = []
     for name in [network] if network else run.networks:
         score = evaluator(name, run.variables(name, number))
-        title = f"{name} on {split}, {score.mode}, step {number}"
-        console.iou_table(classes, score.iou, score.present, title=title)
-        rows.append((name, f"{100 * score.miou:.2f}", score.mode))
+        show(console, score, classes, f"{name} on {split}, {score.mode}, step {number}")
+        rows.append((name, f"{100 * score.score:.2f}", score.mode))
         line = {
             "step": number,
             "phase": _phase(run.phases, number),
@@ -282,8 +333,19 @@ def evaluate_trained(run: Trained, network: str | None, step: str, split: str) -
         }
         with (run.workdir / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-    console.table(f"On {split}, step {number}", ("network", "mIoU", "mode"), rows)
+    title = metrics.MEASURES[source.info.task].title
+    console.table(f"On {split}, step {number}", ("network", f"{title} %", "mode"), rows)
     console.message(f"Added to {run.workdir / 'evaluations.jsonl'}")
+
+
+def show(console: logs.Console, score: Evaluation, classes: Sequence[str], title: str) -> None:
+    """Prints what an evaluation came to, by class."""
+    measure = score.measure
+    if score.reliability is not None:  # else the mean of the table is the score
+        title += f", {measure.title} {100 * score.score:.2f} %"
+    console.class_table(
+        classes, score.per_class, score.present, title=title, column=measure.class_title
+    )
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:

@@ -117,18 +117,27 @@ def make_predict(net: Network, how: Presentation = WHOLE) -> Predict:
     """Makes `predict(variables, image, valid) -> logits`, pure and at the size of the image.
 
     `image` is uint8 or float `[B,H,W,3]` in [0,255], `valid` bool `[B,H,W]`, logits are float32
-    `[B,H,W,C]`. In the mode "center_crop" the whole image is shown, in the mode "half_res" logits
-    are enlarged. Windows, mirror images and scales follow one another, so memory does not grow with
-    their number.
+    `[B,H,W,C]`. Where a network classifies whole images, logits are `[B,C]`, and `valid` is `[B]`:
+    no image is padded. In the mode "center_crop" the whole image is shown, in the mode "half_res"
+    logits are enlarged. Windows, mirror images and scales follow one another, so memory does not
+    grow with their number.
     """
-    predict = functools.partial(_forward, net)
+    predict: Predict = functools.partial(_forward, net)
     if how.mode == "slide":
         predict = _over_windows(predict, how.window, how.stride)
     if how.flip:
         predict = _with_mirror_image(predict)
     if how.scales != (1.0,):
         predict = _over_scales(predict, how.scales)
-    return _over_scales(predict, (0.5,)) if how.mode == "half_res" else predict
+    if how.mode == "half_res":
+        predict = _over_scales(predict, (0.5,))
+
+    def show(variables: Variables, image: jax.Array, valid: jax.Array) -> jax.Array:
+        if valid.ndim == 1:
+            valid = jnp.ones(image.shape[:3], bool)
+        return predict(variables, image, valid)
+
+    return show
 
 
 def halve(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -164,7 +173,8 @@ def rescaled(image: jax.Array, valid: jax.Array, factor: float) -> tuple[jax.Arr
 
 def _forward(net: Network, variables: Variables, image: jax.Array, valid: jax.Array) -> jax.Array:
     outputs, _ = net.apply(*variables, image, valid=valid, batch_stats=False)
-    return net.resize(outputs.logits, image.shape[1:3])
+    logits = outputs.logits
+    return net.resize(logits, image.shape[1:3]) if logits.ndim > 2 else logits
 
 
 def _over_windows(predict: Predict, window: Sequence[int], stride: Sequence[int]) -> Predict:
@@ -200,7 +210,7 @@ def _with_mirror_image(predict: Predict) -> Predict:
         # One after the other in a loop: compiles once, and takes the memory of one.
         pairs = jax.tree.map(lambda x: jnp.stack([x, x[:, :, ::-1]]), (image, valid))
         plain, mirrored = jax.lax.map(lambda pair: predict(variables, *pair), pairs)
-        return (plain + mirrored[:, :, ::-1]) / 2
+        return (plain + (mirrored[:, :, ::-1] if mirrored.ndim > 2 else mirrored)) / 2
 
     return both
 
@@ -208,9 +218,8 @@ def _with_mirror_image(predict: Predict) -> Predict:
 def _over_scales(predict: Predict, scales: Sequence[float]) -> Predict:
     def mean(variables: Variables, image: jax.Array, valid: jax.Array) -> jax.Array:
         size = image.shape[1:3]
-        logits = (
-            _bilinear(predict(variables, *rescaled(image, valid, scale)), size) for scale in scales
-        )
+        shown = (predict(variables, *rescaled(image, valid, scale)) for scale in scales)
+        logits = (_bilinear(x, size) if x.ndim > 2 else x for x in shown)
         return functools.reduce(jnp.add, logits) / len(scales)
 
     return mean

@@ -281,26 +281,28 @@ class Console:
         ]
         self.message("\n".join([title, *(f"  {line.rstrip()}" for line in lines)]))
 
-    def iou_table(
+    def class_table(
         self,
         classes: Sequence[str],
-        iou: Sequence[float] | np.ndarray,
+        scores: Sequence[float] | np.ndarray,
         present: Sequence[bool] | np.ndarray,
         *,
         title: str = "IoU",
+        column: str = "IoU",
     ) -> None:
-        """Prints the IoU of each class in percent, "absent" for a class without a pixel.
+        """Prints the score of each class in percent, "absent" for a class that does not occur.
 
         Args:
           classes: C names.
-          iou: `[C]`, 0 to 1; any value where absent.
+          scores: `[C]`, 0 to 1; any value where absent.
           present: bool `[C]`.
           title: what was evaluated; the mean over the classes present is put beside it.
+          column: what the scores are.
         """
-        values = [100 * float(v) for v, there in zip(iou, present, strict=True) if there]
+        values = [100 * float(v) for v, there in zip(scores, present, strict=True) if there]
         mean = f"{np.mean(values):.1f} %" if values else "undefined"
         words = [
-            f"{100 * float(v):.1f}" if p else "absent" for v, p in zip(iou, present, strict=True)
+            f"{100 * float(v):.1f}" if p else "absent" for v, p in zip(scores, present, strict=True)
         ]
         blocks = 3 if len(classes) > 8 else 1
         height = -(-len(classes) // blocks)
@@ -309,7 +311,7 @@ class Console:
         rows = [[cell for pair in pairs[i::height] for cell in pair] for i in range(height)]
         self.table(
             f"{title}: mean {mean} over {len(values)} of {len(classes)} classes",
-            ["class", "IoU %"] * blocks,
+            ["class", f"{column} %"] * blocks,
             rows,
         )
 

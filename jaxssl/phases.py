@@ -21,6 +21,7 @@ from jaxssl import (
     labeling,
     logs,
     methods,
+    metrics,
     models,
     optim,
     sharding,
@@ -160,6 +161,7 @@ class Parts(NamedTuple):
     optimizer: optax.GradientTransformation
     schedule: optim.Schedule
     evaluator: Evaluator
+    chooser: Evaluator | None
 
 
 def assemble(
@@ -176,12 +178,6 @@ def assemble(
       UserError: one of them cannot be, or the data or the devices do not fit it.
     """
     info = sources["labeled"].info
-    if info.task != "segmentation":
-        raise UserError(
-            f"The labels of the data set {config.data.name!r} are class ids, one an image. So far "
-            "training takes labels with a class for each pixel: set --config.data.label_key to "
-            "such a feature, or take other data."
-        )
     nets = {
         name: models.load(configs.model_of(config, name), info.num_classes)
         for name in method.students
@@ -195,6 +191,7 @@ def assemble(
         optim.make_optimizer(config.optimizer),
         optim.make_schedule(config.optimizer),
         Evaluator(nets, sources["val"], mesh, config, say=say),
+        Evaluator(nets, sources["holdout"], mesh, config) if "holdout" in sources else None,
     )
 
 
@@ -360,8 +357,9 @@ def sweep_all(run: Run, index: int, state: TrainState) -> Mapping[str, Any]:
         # As arguments: what a jitted function closes over becomes constants of its program.
         given = sweep.local((networks, extra), mesh)
         update = functools.partial(jax.jit(functools.partial(one.update, run.nets)), *given)
+        shown = run.evaluator
         batches = sweep.in_shares(
-            run.sources[one.source], run.evaluator.batch, bucket=run.evaluator.bucket
+            run.sources[one.source], shown.batch, bucket=shown.bucket, center=shown.fitted
         )
         sums[one.name] = sweep.sum_over_processes(sweep.add_up(update, batches, mesh))
         extra = one.finish(sums, extra)
@@ -427,9 +425,10 @@ def _report(run: Run, state: TrainState) -> None:
     """Ends a run by saying its result, where the pictures are, and what to do next."""
     step = run.begin(len(run.phases))
     minutes, seconds = divmod(round(sum(run.stopwatch.seconds().values())), 60)
-    first, *others = sorted(trained.results(run.best).values(), key=lambda one: -one["miou"])
-    lines = [f"Done: step {step}, {minutes}:{seconds:02d} min. {_score(first)}."]
-    lines += [f"Also:     {_score(one)}." for one in others]
+    first, *others = sorted(trained.results(run.best).values(), key=lambda one: -one["choice"])
+    title = metrics.MEASURES[run.sources["val"].info.task].title
+    lines = [f"Done: step {step}, {minutes}:{seconds:02d} min. {_score(first, title)}."]
+    lines += [f"Also:     {_score(one, title)}." for one in others]
     lines += [f"Metrics:  {run.workdir / 'metrics.jsonl'}, and tensorboard --logdir {run.workdir}"]
     if "training" in (shares := run.stopwatch.percent()):
         lines.append(f"Time:     {', '.join(f'{name} {n} %' for name, n in shares.items())}")
@@ -441,8 +440,8 @@ def _report(run: Run, state: TrainState) -> None:
     run.console.message("\n".join(lines))
 
 
-def _score(best: Mapping[str, Any]) -> str:
+def _score(best: Mapping[str, Any], title: str) -> str:
     return (
-        f"Network {best['network']} on val, {best['mode']}: mIoU {100 * best['last']:.2f} at the "
-        f"end, {100 * best['miou']:.2f} at its best (step {best['step']})"
+        f"Network {best['network']} on val, {best['mode']}: {title} {100 * best['last']:.2f} at "
+        f"the end, {100 * best['score']:.2f} at its best (step {best['step']})"
     )

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxssl import comparison, logs
+from jaxssl import comparison, logs, metrics
 from jaxssl.contracts import DataInfo, UserError
 from jaxssl.data import cityscapes, files
 from jaxssl.data.pseudo_labels import Store
@@ -129,10 +129,11 @@ def report(run: Trained, console: logs.Console) -> dict[str, Any]:
         prior = {name: values["of_labels"] or 0.0 for name, values in classes}
     tail = tail_classes(run.info, prior)
     scores = read_scores(run, tail)
+    measure = metrics.MEASURES[run.info.task]
     console.table(
-        f"mIoU % on validation images, of all classes and of {len(tail)} tail classes",
+        f"{measure.title} % on validation images, and the mean over {len(tail)} tail classes",
         ("phase", "network", "last", "tail", "best", "tail", "at step", "mode"),
-        [_score_row(one) for one in scores],
+        [_score_row(one, measure.name) for one in scores],
     )
     console.message(f"Tail classes: {', '.join(tail) or 'none'}")
     folder = run.workdir / "report"
@@ -179,19 +180,22 @@ def read_scores(run: Trained, tail: Sequence[str]) -> list[dict[str, Any]]:
 
     Returns:
       For each phase and network, the headline first: `phase`, `network`, `mode`, and `last` and
-      `best` with `step`, `miou`, `tail` (mean over the tail classes that occur, or None) and `iou`
-      by class; all in [0,1].
+      `best` with `step`, the score by its name (`miou` or `accuracy`), `tail` (mean over the tail
+      classes that occur, or None) and `iou` or `class_accuracy` by class; all in [0,1].
     """
-    lines = [line for line in _lines(run.workdir / "metrics.jsonl") if "val/miou" in line]
+    measure = metrics.MEASURES[run.info.task]
+    name = measure.name
+    lines = [line for line in _lines(run.workdir / "metrics.jsonl") if f"val/{name}" in line]
     found = []
     for phase, _ in run.phases:
         mine = [line for line in lines if line["phase"] == phase]
         mine = [line for line in mine if line.get("eval/mode") == mine[-1].get("eval/mode")]
-        names = [re.fullmatch("val/([^/]+)/miou", key) for line in mine[::-1] for key in line]
-        for name in dict.fromkeys(match[1] for match in names if match):
-            scored = [_score(line, name, tail) for line in mine if f"val/{name}/miou" in line]
-            best = max(scored, key=lambda one: one["miou"] or 0.0)
-            head = {"phase": phase, "network": name, "mode": mine[-1].get("eval/mode")}
+        names = [re.fullmatch(f"val/([^/]+)/{name}", key) for line in mine[::-1] for key in line]
+        for network in dict.fromkeys(match[1] for match in names if match):
+            those = [line for line in mine if f"val/{network}/{name}" in line]
+            scored = [_score(line, network, tail, measure) for line in those]
+            best = max(scored, key=lambda one: one[name] or 0.0)
+            head = {"phase": phase, "network": network, "mode": mine[-1].get("eval/mode")}
             found.append({**head, "last": scored[-1], "best": best})
     return found
 
@@ -277,16 +281,18 @@ def quality_figure(labelings: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _score(line: Mapping[str, Any], network: str, tail: Sequence[str]) -> dict[str, Any]:
+def _score(
+    line: Mapping[str, Any], network: str, tail: Sequence[str], measure: metrics.Measure
+) -> dict[str, Any]:
     """One network's score of a line of metrics.jsonl; see `read_scores`."""
-    start = f"val/{network}/iou/"
-    iou = {key.removeprefix(start): x for key, x in line.items() if key.startswith(start)}
-    known = [iou[name] for name in tail if iou.get(name) is not None]
+    start = f"val/{network}/{measure.of_class}/"
+    classes = {key.removeprefix(start): x for key, x in line.items() if key.startswith(start)}
+    known = [classes[name] for name in tail if classes.get(name) is not None]
     return {
         "step": line["step"],
-        "miou": line[f"val/{network}/miou"],
+        measure.name: line[f"val/{network}/{measure.name}"],
         "tail": float(np.mean(known)) if known else None,
-        "iou": iou,
+        measure.of_class: classes,
     }
 
 
@@ -303,8 +309,8 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
-def _score_row(one: Mapping[str, Any]) -> tuple[object, ...]:
-    shares = (one[which][what] for which in ("last", "best") for what in ("miou", "tail"))
+def _score_row(one: Mapping[str, Any], score: str) -> tuple[object, ...]:
+    shares = (one[which][what] for which in ("last", "best") for what in (score, "tail"))
     return one["phase"], one["network"], *map(_percent, shares), one["best"]["step"], one["mode"]
 
 

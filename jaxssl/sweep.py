@@ -74,7 +74,7 @@ def share(source: Source) -> Source:
 
 
 def in_shares(
-    source: Source, batch_size: int, *, bucket: int = 1
+    source: Source, batch_size: int, *, bucket: int = 1, center: tuple[int, int] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's share in batches (`pipeline.in_order`); one of padding where it is empty, so
     that every process has something to add up.
@@ -82,7 +82,7 @@ def in_shares(
     mine = share(source)
     padding = {"valid": False, "label": IGNORE_LABEL, "index": -1} if not len(mine) else {}
     mine = mine if len(mine) else loading.Subset(source, source.ids[:1])
-    for batch in pipeline.in_order(mine, batch_size, bucket=bucket):
+    for batch in pipeline.in_order(mine, batch_size, bucket=bucket, center=center):
         filled = {k: np.full_like(batch[k], v) for k, v in padding.items() if k in batch}
         yield {**batch, **filled}
 

@@ -31,7 +31,7 @@ from jaxssl.contracts import (
 from jaxssl.data import loading, pipeline, quarantine
 from jaxssl.data.pseudo_labels import PseudoLabeled, Store
 from jaxssl.data.transforms import Augment
-from jaxssl.evaluate import Evaluation, Evaluator
+from jaxssl.evaluate import Evaluation, Evaluator, show
 from jaxssl.logs import Console, Logger, MetricSums, Stopwatch, memory
 from jaxssl.optim import Schedule
 from jaxssl.signals import StopSignal
@@ -77,14 +77,15 @@ class Run:
         pseudo-labels are to be measured.
       mesh: the devices.
       evaluator: of all networks on "val".
+      chooser: of all networks on "holdout", where images are held out to choose what is best.
       watcher: looks at what the method teaches, there too.
       checkpoints: of this run.
       logger: of metrics.
       console: of words.
       stop: asks whether to leave.
       stopwatch: where the time of this start goes.
-      best: phase name -> {"step", "miou", "network", "mode", "last"}: the headline's best
-        evaluation so far and the mIoU of its last one, both in this mode.
+      best: phase name -> {"step", "score", "choice", "network", "mode", "last"}: the headline's
+        best evaluation so far, by its "choice", and the score of its last one, both in this mode.
     """
 
     config: Config
@@ -97,6 +98,7 @@ class Run:
     sources: Mapping[str, Source]
     mesh: Mesh
     evaluator: Evaluator
+    chooser: Evaluator | None
     watcher: Watcher
     checkpoints: Checkpoints
     logger: Logger
@@ -280,15 +282,29 @@ def evaluate(
         _show_scores(run, f"{phase.name}: ", step, scores, watched, everything=everything)
         if run.config.eval.panels and jax.process_count() == 1:
             write_panels(run, headline, state, step)
-    return trusted and _note_best(run, phase, headline, step, scores[headline])
+        choice = scores[headline].score
+        if run.chooser is not None:
+            choice = run.chooser(headline, state.network(headline)).choice
+            run.logger.write(step, phase.name, {f"holdout/{headline}/choice": choice})
+    return trusted and _note_best(run, phase, headline, step, scores[headline], choice)
 
 
-def _note_best(run: Run, phase: Phase, headline: str, step: int, score: Evaluation) -> bool:
-    """Whether a score is the phase's best; one of another mode, as before a resume, has no say."""
+def _note_best(
+    run: Run, phase: Phase, headline: str, step: int, score: Evaluation, choice: float
+) -> bool:
+    """Whether an evaluation is the phase's best; one of another mode, as before a resume, has no
+    say.
+    """
     best = run.best.get(phase.name)
-    if best is None or best["mode"] != score.mode or score.miou > best["miou"]:
-        best = {"step": step, "miou": score.miou, "network": headline, "mode": score.mode}
-    run.best[phase.name] = {**best, "last": score.miou}
+    if best is None or best["mode"] != score.mode or choice > best["choice"]:
+        best = {
+            "step": step,
+            "score": score.score,
+            "choice": choice,
+            "network": headline,
+            "mode": score.mode,
+        }
+    run.best[phase.name] = {**best, "last": score.score}
     return best["step"] == step
 
 
@@ -312,6 +328,9 @@ def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
         name = f"{labeler.replace('_', ' ')}: pseudo-label"
         columns[name] = [labels["predicted"] for labels in found]
         columns["kept"] = [labels["taught"] for labels in found]
+    if source.info.task == "classification":  # a class is a tile of its color
+        tiles = {name: _tiles(columns["image"], labels) for name, labels in columns.items()}
+        columns = {**tiles, "image": columns["image"]}
     picture = panels.write(
         panel_path(run.workdir, step),
         list(zip(*columns.values(), strict=True)),
@@ -322,9 +341,15 @@ def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
     run.logger.image(step, "panels", picture)
 
 
+def _tiles(images: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Classes of images `[h,w,3]` as labels of all their pixels."""
+    pairs = zip(images, labels, strict=True)
+    return [np.full(image.shape[:2], label, np.uint8) for image, label in pairs]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _labels(method: Method, logits: jax.Array) -> dict[str, jax.Array]:
-    """What logits predict, and what the method would teach from them, uint8 `[b,h,w]`."""
+    """What logits predict, and what the method would teach from them, uint8 `[b,h,w]` or `[b]`."""
     return {
         "predicted": logits.argmax(-1).astype(jnp.uint8),
         "taught": method.pseudo_labels(logits),
@@ -446,14 +471,16 @@ def _log_scores(
     """Writes one line of metrics; the first network of `scores` is the headline."""
     classes = run.sources["val"].info.classes
     headline = next(iter(scores.values()))
-    values: dict[str, float | str] = {"eval/mode": headline.mode, "val/miou": headline.miou}
+    measure = headline.measure.name
+    values: dict[str, Any] = {"eval/mode": headline.mode, f"val/{measure}": headline.score}
     for name, score in scores.items():
         values |= _score_values(name, score, classes)
     if watched is not None:
         values |= {"watch/mode": watched.mode, **watched.values(classes)}
     for name in run.method.teachers:
         if {name, TEACHER + name} <= scores.keys():
-            values[f"watch/gap/{name}/miou"] = scores[TEACHER + name].miou - scores[name].miou
+            gap = scores[TEACHER + name].score - scores[name].score
+            values[f"watch/gap/{name}/{measure}"] = gap
     run.logger.write(step, phase.name, values)
 
 
@@ -468,15 +495,11 @@ def _show_scores(
 ) -> None:
     """Prints the headline by class and, at the end of a phase, all that there is."""
     classes, (headline, best) = run.sources["val"].info.classes, next(iter(scores.items()))
-    run.console.iou_table(
-        classes,
-        best.iou,
-        best.present,
-        title=f"{title}{headline} on val, {best.mode}, step {step}",
-    )
+    show(run.console, best, classes, f"{title}{headline} on val, {best.mode}, step {step}")
     if everything and len(scores) > 1:
-        rows = [(name, f"{100 * score.miou:.2f}") for name, score in scores.items()]
-        run.console.table(f"{title}all networks, {best.mode}", ("network", "mIoU"), rows)
+        rows = [(name, f"{100 * score.score:.2f}") for name, score in scores.items()]
+        columns = ("network", best.measure.title)
+        run.console.table(f"{title}all networks, {best.mode}", columns, rows)
     if watched is not None:
         run.console.message(f"{title}{watched.line()}")
         if everything:
@@ -485,12 +508,14 @@ def _show_scores(
 
 
 def _score_values(name: str, score: Evaluation, classes: Sequence[str]) -> dict[str, float]:
-    per_class = {
-        f"val/{name}/iou/{label}": float(value)
-        for label, value in zip(classes, score.iou, strict=True)
-        if np.isfinite(value)
-    }
-    return {f"val/{name}/miou": score.miou, **per_class}
+    """What metrics.jsonl holds of a network's evaluation."""
+    start, measure = f"val/{name}", score.measure
+    values = {f"{start}/{measure.name}": score.score}
+    values |= {f"{start}/{key}": value for key, value in score.calibration.items()}
+    for label, value in zip(classes, score.per_class.tolist(), strict=True):
+        if np.isfinite(value):
+            values[f"{start}/{measure.of_class}/{label}"] = value
+    return values
 
 
 def check_fixed_point(state: TrainState, after: Any) -> None:

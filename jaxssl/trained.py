@@ -34,9 +34,9 @@ class Trained:
       nets: by student.
       phases: (name, steps) of each phase, in order.
       phase: the one that the newest checkpoint belongs to.
-      best: the result: the best evaluation of the headline in `phase`, {"step", "miou",
-        "network", "mode", "last"}, or of another phase's headline that scored higher in its last
-        phase; None before the first one in `phase`.
+      best: the result: the best evaluation of the headline in `phase`, {"step", "score",
+        "choice", "network", "mode", "last"}, or of another phase's headline that scored higher in
+        its last phase; None before the first one in `phase`.
       kept: steps whose checkpoints are there, rising; more than one.
     """
 
@@ -178,7 +178,7 @@ def _best(best: Mapping[str, Mapping[str, Any]], phase: str) -> Mapping[str, Any
     if phase not in best:
         return None
     modes = (one for one in results(best).values() if one.get("mode") == best[phase].get("mode"))
-    return max(modes, key=lambda one: one["miou"])
+    return max(modes, key=lambda one: one["choice"])
 
 
 def read_network(

@@ -28,7 +28,7 @@ from jaxssl.contracts import (
     UnreadableError,
     UserError,
 )
-from jaxssl.data import loading, pipeline
+from jaxssl.data import loading
 from jaxssl.evaluate import Evaluator
 from jaxssl.inference import Presentation
 from jaxssl.state import TEACHER, TrainState
@@ -78,7 +78,7 @@ class PseudoLabels:
     @property
     def accuracy(self) -> float:
         """Share of the kept pixels that are right."""
-        return metrics.pixel_accuracy(self.counts[:-1, :-1])
+        return metrics.accuracy(self.counts[:-1, :-1])
 
     @property
     def coverage(self) -> float:
@@ -208,7 +208,6 @@ class Watcher:
         self._method, self._evaluator = method, evaluator
         self._labeled = loading.evenly_spaced(sources["labeled"], PRIOR_IMAGES)
         self._source = loading.evenly_spaced(sources["val"], config.eval.watch)
-        self._bucket = config.eval.bucket
         self._pairs = _pairs(method)
         how = evaluator.how.uncropped
         # Mirror images and scales would show the average.
@@ -243,7 +242,7 @@ class Watcher:
             return self._compare(logits, batch["label"], batch["valid"], now)
 
         # One image for each device: several networks' logits are large.
-        batches = pipeline.in_order(self._source, mesh.size, bucket=self._bucket)
+        batches = run.batches(self._source, mesh.size)
         with run.telling_compilations("Watching"):
             total = sweep.add_up(update, batches, mesh)
         return Watched(

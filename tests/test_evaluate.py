@@ -104,12 +104,12 @@ def assert_sklearns(score: Evaluation, truth, guess):
     present = np.union1d(truth, guess)
     np.testing.assert_array_equal(np.flatnonzero(score.present), present)
     per_class = sklearn.jaccard_score(truth, guess, labels=present, average=None, zero_division=0)
-    np.testing.assert_allclose(score.iou[present], per_class, rtol=1e-9)
+    np.testing.assert_allclose(score.per_class[present], per_class, rtol=1e-9)
     named = dict(zip((INFO.classes[c] for c in present), per_class, strict=True))
     written = score.to_json(INFO.classes)
     assert written["iou"] == pytest.approx(named, rel=1e-9)
     assert written["absent"] == [name for name in INFO.classes if name not in named]
-    assert score.miou == pytest.approx(per_class.mean(), rel=1e-9)
+    assert score.score == pytest.approx(per_class.mean(), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,10 @@ def test_scores_are_those_of_the_cityscapes_scripts(tmp_path):
     score = make(source)("a", PAINTED)
     names = cityscapes.INFO.classes
     expected = {name: theirs["classScores"][name] for name in names}
-    np.testing.assert_allclose(score.iou, [*expected.values()], rtol=1e-9)  # nan where theirs is
-    assert score.miou == pytest.approx(theirs["averageScoreClasses"], rel=1e-9)
+    np.testing.assert_allclose(
+        score.per_class, [*expected.values()], rtol=1e-9
+    )  # nan where theirs is
+    assert score.score == pytest.approx(theirs["averageScoreClasses"], rel=1e-9)
     assert score.to_json(names)["absent"] == list(names[15:])
 
 
@@ -301,7 +303,7 @@ def run(tmp_path_factory):
     state = make_state(method, nets, optimizer=optim.make_optimizer(OPTIMIZER), size=(16, 32))
     (workdir / "config.json").write_text(config.to_json_best_effort())
     trained.write_classes(workdir, info)
-    best = {"main": {"step": 5, "miou": 0.1, "network": "a", "last": 0.1}}
+    best = {"main": {"step": 5, "score": 0.1, "choice": 0.1, "network": "a", "last": 0.1}}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step, phase in ((3, "warmup"), (5, "main")):
             meta = {"phase": phase, "phases": [["warmup", 3], ["main", 2]], "best": best}
@@ -388,3 +390,79 @@ def test_a_mistake_is_one_message(run, capsys, arguments, words):
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert words in errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Photographs:
+    """Images of two sizes with a class as a whole, which their red channel tells, often wrongly;
+    the last one has no class.
+    """
+
+    info = dataclasses.replace(INFO, task="classification")
+    ids = tuple(f"{i:02d}" for i in range(19))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        size = (8, 8) if index % 3 else (12, 20)
+        label, guess = rng.choice([1, 2, 3], 2)
+        image = np.full((*size, 3), guess if index % 2 else label, np.uint8)
+        if index == len(self) - 1:
+            label = IGNORE_LABEL
+        return Record(image=image, label=np.uint8(label), id=self.ids[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier(Painted):
+    """`Painted` of whole images."""
+
+    def apply(self, params, stats, image, *, valid=None, batch_stats, key=None):
+        outputs, stats = super().apply(params, stats, image, batch_stats=batch_stats)
+        return Outputs(outputs.logits.mean((1, 2))), stats
+
+
+def classified(**changes):
+    config = configs.default()
+    config.update(crop=(8, 8))
+    config.eval.update(mode="center_crop", **changes)
+    source = Photographs()
+    return Evaluator({"a": Classifier()}, source, make_mesh(), config), source
+
+
+@pytest.mark.parametrize("changes", [{}, {"flip": True}, {"scales": (0.5, 1.0)}])
+def test_whole_images_are_scored_by_accuracy(changes):
+    evaluator, source = classified(**changes)
+    score = evaluator("a", PAINTED)
+    records = [source[i] for i in range(len(source) - 1)]
+    truth = [int(record["label"]) for record in records]
+    guess = [int(record["image"][0, 0, 0]) for record in records]
+    np.testing.assert_array_equal(
+        score.confusion, sklearn.confusion_matrix(truth, guess, labels=range(C))
+    )
+    assert score.score == pytest.approx(sklearn.accuracy_score(truth, guess))
+    assert 0.3 < score.score < 1
+    logits = -np.abs(np.array(guess)[:, None] - np.arange(C))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    true = p[np.arange(len(p)), truth].mean()
+    assert score.choice == pytest.approx(true, rel=1e-5)
+    written = score.to_json(INFO.classes)
+    assert (written["accuracy"], written["true_probability"]) == (score.score, score.choice)
+    assert written["class_accuracy"].keys() == {"b", "c", "d"}
+    assert np.sum(written["confusion"]) == len(source) - 1
+
+
+def test_whole_images_are_seen_one_by_one():
+    evaluator, source = classified()
+    seen = evaluator.maps("a", PAINTED, source, lambda logits: {"best": logits.argmax(-1)})
+    expected = [source[i]["image"][0, 0, 0] for i in range(len(source))]
+    assert [int(one["best"]) for one in seen] == expected
+
+
+@pytest.mark.parametrize("mode", ["slide", "half_res"])
+def test_modes_of_pixels_are_refused_for_whole_images(mode):
+    config = configs.default()
+    config.eval.mode = mode
+    with pytest.raises(UserError, match="center_crop"):
+        Evaluator({"a": Classifier()}, Photographs(), make_mesh(), config)

@@ -52,7 +52,7 @@ def saved(tmp_path_factory):
     (root / "w/config.json").write_text(config.to_json_best_effort())
     (root / "w/classes.json").write_text(json.dumps(CLASSES))
     state = make_state(supervised.Method(), {"a": Linear()})
-    record = {"step": 3, "miou": 0.5, "network": "a", "last": 0.5}
+    record = {"step": 3, "score": 0.5, "choice": 0.5, "network": "a", "last": 0.5}
     meta = {"phase": "main", "phases": [["main", 3]], "best": {"main": record}}
     with Checkpoints(root / "w/checkpoints") as checkpoints:
         checkpoints.save(3, state, meta)

@@ -260,9 +260,9 @@ def test_plain_table():
     )
 
 
-def test_iou_table():
+def test_class_table():
     out = io.StringIO()
-    Console(out).iou_table(
+    Console(out).class_table(
         ["road", "train", "sky"], [0.5, np.nan, 1.0], np.array([True, False, True]), title="main, a"
     )
     assert out.getvalue() == (
@@ -274,10 +274,10 @@ def test_iou_table():
     )
 
 
-def test_iou_table_of_many_classes_is_folded():
+def test_class_table_of_many_classes_is_folded():
     out = io.StringIO()
     names = [f"class{i}" for i in range(19)]
-    Console(out).iou_table(names, np.arange(19) / 100, np.ones(19, bool))
+    Console(out).class_table(names, np.arange(19) / 100, np.ones(19, bool))
     words = out.getvalue().split()
     assert [word for word in words if word in names] == [
         names[i + j] for i in range(7) for j in (0, 7, 14) if i + j < 19
@@ -285,9 +285,9 @@ def test_iou_table_of_many_classes_is_folded():
     assert len(out.getvalue().splitlines()) == 9
 
 
-def test_iou_table_without_any_class_has_no_warning():
+def test_class_table_without_any_class_has_no_warning():
     out = io.StringIO()
-    Console(out).iou_table(["road"], [np.nan], [False])
+    Console(out).class_table(["road"], [np.nan], [False])
     assert "mean undefined over 0 of 1 classes" in out.getvalue()
 
 
@@ -301,7 +301,7 @@ with create_console() as console:
     console.report(60, {"loss": 2.3123})
     console.report(60, {"mIoU": 0.25})
     console.message("saved in " + "/path" * 40)
-    console.iou_table(["[road]"], [0.5], [True], title="[main]")
+    console.class_table(["[road]"], [0.5], [True], title="[main]")
     console.table("a title that is wider than the table", ["a"], [["b"]])
     raise KeyError("training failed")
 """

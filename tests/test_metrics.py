@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn
@@ -75,7 +76,7 @@ def test_scores_are_sklearns(absent):
     assert metrics.iou(confusion).dtype == np.float64
     np.testing.assert_allclose(metrics.mean_iou(confusion), expected[present].mean(), rtol=1e-12)
     np.testing.assert_allclose(
-        metrics.pixel_accuracy(confusion), sklearn.accuracy_score(truth, guess), rtol=1e-12
+        metrics.accuracy(confusion), sklearn.accuracy_score(truth, guess), rtol=1e-12
     )
     expected[present] = sklearn.recall_score(truth, guess, labels=present, average=None)
     np.testing.assert_allclose(metrics.class_accuracy(confusion), expected, rtol=1e-12)
@@ -86,7 +87,7 @@ def test_classes_that_occur_on_one_side_only():
     confusion = np.array([[6, 2, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(metrics.iou(confusion), [6 / 12, 0, 0, np.nan])
     assert metrics.mean_iou(confusion) == pytest.approx(0.5 / 3)
-    assert metrics.pixel_accuracy(confusion) == 0.5
+    assert metrics.accuracy(confusion) == 0.5
     np.testing.assert_array_equal(metrics.class_accuracy(confusion), [6 / 8, np.nan, 0, np.nan])
 
 
@@ -95,7 +96,7 @@ def test_nothing_counted():
     assert np.isnan(metrics.iou(empty)).all()
     assert np.isnan(metrics.class_accuracy(empty)).all()
     assert np.isnan(metrics.mean_iou(empty))
-    assert np.isnan(metrics.pixel_accuracy(empty))
+    assert np.isnan(metrics.accuracy(empty))
 
 
 def test_counts_beyond_int32():
@@ -125,3 +126,35 @@ def test_total_variation():
     np.testing.assert_allclose(metrics.total_variation(a, b), expected, rtol=1e-5)
     sure = np.array([[100.0, 0.0], [0.0, 100.0]])
     np.testing.assert_allclose(metrics.total_variation(sure[0], sure), [0, 1])
+
+
+def test_reliability_sums_up_confidences_in_bins():
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.normal(size=(300, 4))
+    labels = rng.integers(0, 4, 300).astype(np.uint8)
+    labels[:40] = 255
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    found = metrics.reliability(jnp.asarray(labels), jnp.asarray(logits), bins=10)
+    known = labels != 255
+    p, truth = p[known], labels[known].astype(int)
+    best, right = p.max(-1), p.argmax(-1) == truth
+    error = 0.0
+    for low in np.arange(10) / 10:
+        inside = (best >= low) & (best < low + 0.1)
+        if inside.any():
+            error += inside.mean() * abs(best[inside].mean() - right[inside].mean())
+    assert np.sum(found.all) == known.sum()
+    assert metrics.calibration_error(found) == pytest.approx(error, abs=1e-5)
+    true = p[np.arange(len(p)), truth].mean()
+    assert metrics.true_probability(found) == pytest.approx(true, abs=1e-5)
+
+
+def test_reliability_of_nothing_is_undefined():
+    found = metrics.reliability(jnp.full(3, 255), jnp.zeros((3, 2)))
+    assert np.isnan([metrics.calibration_error(found), metrics.true_probability(found)]).all()
+
+
+def test_a_sure_network_is_counted_in_the_last_bin():
+    found = metrics.reliability(jnp.zeros(2, int), jnp.array([[99.0, 0.0]] * 2), bins=5)
+    np.testing.assert_array_equal(found.all, [0, 0, 0, 0, 2])
+    assert metrics.calibration_error(found) == pytest.approx(0, abs=1e-6)

@@ -38,7 +38,7 @@ def make_workdir(path, *, classes=CLASSES, best="a"):
     state = make_state(mkd.Method(), {"a": Linear(count), "b": Linear(count)})
     other = jax.tree.map(lambda x: 2 * x + 1, (state.teacher_params, state.teacher_stats))
     state = state.replace(teacher_params=other[0], teacher_stats=other[1])
-    record = {"step": 4, "miou": 0.5, "network": best, "last": 0.4}
+    record = {"step": 4, "score": 0.5, "choice": 0.5, "network": best, "last": 0.4}
     meta = {"phase": "main", "phases": [["warmup", 2], ["main", 5]], "best": {"main": record}}
     with Checkpoints(path / "checkpoints") as checkpoints:
         for step in (2, 4, 6):

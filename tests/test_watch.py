@@ -275,10 +275,10 @@ def test_a_stop_waits_for_a_finite_step_and_another_mode_has_a_best_of_its_own(
     with monkeypatch.context() as patch:
         patch.setattr(StopSignal, "should_stop", stop_at_6)
         # Step 5 is the best; 6 and 7 are skipped.
-        patch.setattr(Evaluation, "miou", 0.5)
+        patch.setattr(Evaluation, "score", 0.5)
         train((6, 7), code=128 + 15)
     assert checkpoint_steps(tmp_path) == (5, 8)
-    monkeypatch.setattr(Evaluation, "miou", 0.25)
+    monkeypatch.setattr(Evaluation, "score", 0.25)
     train((0, 0), **{"eval.mode": "slide"})
     assert checkpoint_steps(tmp_path) == (10,)
     printed = capsys.readouterr().out
