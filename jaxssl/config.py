@@ -115,6 +115,15 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
 """`model.name` -> what its head has on a backbone of width 16."""
 
 
+SMALL_CONTRAST: Mapping[str, Any] = {
+    "capacity": 1000,
+    "capacity_0": 1000,
+    "keys": 64,
+    "num_negatives": 64,
+}
+"""What makes U2PL's contrast cheap beside such a network, whose `embedding` is 32."""
+
+
 def default() -> Config:
     """Every key there is; a config file changes some and adds `method`."""
     model = model_section("deeplab_v3plus")
@@ -401,6 +410,48 @@ def rml(**changes: Any) -> Config:
     return section
 
 
+def u2pl(**changes: Any) -> Config:
+    """The `method` section for U2PL, with the paper's values of PASCAL VOC.
+
+    Args:
+      **changes: fields of `methods.u2pl.Method` with other values.
+    """
+    section = ConfigDict(
+        {
+            "name": "u2pl",
+            "lambda_c": 0.1,
+            "eta": 1.0,
+            "alpha_0": 20.0,
+            "dynamic": True,
+            "cutmix": 0.5,
+            "teacher_forwards": "two",
+            "anchor_threshold": 0.3,
+            "num_anchors": 50,
+            "num_negatives": 256,
+            "temperature": 0.5,
+            "positive": "paper",
+            "negatives": "intended",
+            "negative_pixels": "unreliable",
+            "probability_rank": True,
+            "rank_low": 3,
+            "rank_high": 20,
+            "contrast_mean": "all",
+            "memory_bank": True,
+            "capacity": 30_000,
+            "capacity_0": 50_000,
+            "keys": 512,
+            "bank_dtype": "float32",
+            "ema_decay_max": 0.99,
+            "ohem": False,
+            "ohem_threshold": 0.7,
+            "ohem_min_kept": 50_000,
+            "teacher_stats": "ema",
+        }
+    )
+    section.update(changes)
+    return section
+
+
 def use_dmt(config: Config, backbone: str | None, learning_rate: float) -> None:
     """Swaps in what DMT says of any data: DeepLabv2, all at one learning rate; epochs, crop and
     batch are left to set.
@@ -433,6 +484,38 @@ def use_dars(config: Config, crop: int, shown: float) -> None:
     config.augment.update(rotate=10.0, blur=0.5)
     config.optimizer.update(learning_rate=0.01, head_factor=10.0, weight_decay=1e-4)
     config.eval.update(every=5000, mode="slide", flip=True, scales=(shown,))
+
+
+def use_u2pl(config: Config, backbone: str | None, crop: int) -> None:
+    """Swaps in what U2PL says of any data: its DeepLabv3+ with a representation head, geometry, and
+    a head that learns ten times as fast; learning rate and epochs are left to set.
+
+    Args:
+      config: is changed.
+      backbone: "r50", "r101" (if None) or "pretrained".
+      crop: side of training images and of windows.
+    """
+    use_network(
+        config,
+        "deeplab_v3plus",
+        backbone="resnet50" if backbone == "r50" else "resnet101",
+        separable=False,
+        aspp_rates=(12, 24, 36),
+        low_level_channels=256,
+        output_stride=8,
+        multi_grid=(2, 2, 4),
+        stem_width=64,
+        zero_init=True,
+        align_corners=True,
+        embedding=256,
+        dropout=0.1,
+        decoder_dropout=0.1,
+    )
+    if backbone == "pretrained":
+        use_pretrained(config)
+    config.update(crop=(crop, crop), steps=None)
+    config.augment.update(scale=(0.5, 2.0), scale_median=1.0)
+    config.optimizer.head_factor = 10.0
 
 
 def use_streets(config: Config, split: str | None, budget: str | None = None) -> None:

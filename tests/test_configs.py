@@ -172,6 +172,7 @@ def settled(name, arg, classes=3):
         ("supervised_folder", 2),
         ("dars_folder", 2),
         ("dmt_folder", 2),
+        ("u2pl_folder", 2),
     ],
 )
 def test_folders_of_few_and_many_classes_train(name, classes):
@@ -369,6 +370,74 @@ def test_sweep_rows_of_dars_build_and_match_the_tables():
     assert published["table4/baseline"] == 60.75
     assert published["table4/dars_it"] == published["table6/round2_50_wider"] == 69.64
     assert published["table4/dars"] == published["table6/round1_20"] == 68.01
+
+
+@pytest.mark.parametrize(("name", "classes"), [("u2pl_cityscapes", 19), ("u2pl_voc", 21)])
+def test_full_size_steps_of_u2pl_keep_the_state(name, classes):
+    config = get_config(name)
+    for before, after, metrics in trace(config, classes):
+        assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+        assert before.extra["bank"].keys.shape == (classes, 50_000, 256)
+        assert metrics["loss"][0].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "crop", "rate", "decay", "epochs", "warmup", "mode"),
+    [
+        ("u2pl_cityscapes", None, 769, 0.01, 5e-4, 200, 0, "slide"),
+        ("u2pl_cityscapes", "1_8,pretrained", 769, 0.01, 5e-4, 200, 0, "slide"),
+        # An epoch of 9921 images, 16 at a time.
+        ("u2pl_voc", None, 513, 0.001, 1e-4, 79, 620, "center_crop"),
+        ("u2pl_voc", "92,r50", 513, 0.001, 1e-4, 79, 656, "center_crop"),
+        ("u2pl_voc", "1464,pretrained", 513, 0.001, 1e-4, 79, 570, "center_crop"),
+    ],
+)
+def test_u2pl_trains_as_the_paper_says(name, arg, crop, rate, decay, epochs, warmup, mode):
+    config, city = get_config(name, arg), name == "u2pl_cityscapes"
+    assert (tuple(config.crop), config.epochs, config.warmup) == ((crop, crop), epochs, warmup)
+    assert (config.batch.labeled, config.batch.unlabeled, config.steps) == (16, 16, None)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.momentum, optimizer.power) == ("sgd", 0.9, 0.9)
+    assert (optimizer.learning_rate, optimizer.weight_decay) == (rate, decay)
+    assert (optimizer.head_factor, optimizer.schedule) == (10.0, "poly")
+    assert (config.model.auxiliary, config.method.ohem) == (city, city)
+    assert (config.model.embedding, config.model.separable) == (256, False)
+    assert (tuple(config.augment.scale), config.augment.scale_median) == ((0.5, 2.0), 1.0)
+    shown = Presentation.of(config.eval, (crop, crop))
+    assert (shown.mode, shown.window, shown.flip) == (mode, (crop, crop), False)
+    assert shown.stride == ((513, 513) if city else (342, 342))
+    if name == "u2pl_voc":
+        assert config.data.set == ("classic" if arg else "blender")
+    word = (arg or "").partition(",")[2]
+    backbones = {"": "resnet101", "r50": "resnet50", "pretrained": "efficientnet_lite0"}
+    assert config.model.backbone == backbones[word]
+
+
+@pytest.mark.parametrize("arg", ["streets", "streets,long", "streets,pretrained,1_8"])
+def test_streets_of_u2pl(arg):
+    """Nothing differs from supervised training but the method and what it needs."""
+    config, other = get_config("u2pl_cityscapes", arg), get_config("supervised_cityscapes", arg)
+    assert (config.model.embedding, other.model.embedding) == (32, 0)
+    other.model.embedding, config.method, config.next = 32, other.method, other.next
+    assert config.to_dict() == other.to_dict()
+
+
+def test_sweep_rows_of_u2pl_build_and_match_the_tables():
+    rows = load("u2pl_sweep").get_rows()
+    assert len({row.name for row in rows}) == len(rows) == 18
+    built = {}
+    for row in rows:
+        config = get_config("u2pl_voc", "1_4")
+        config.update_from_flattened_dict(row.overrides)
+        built[row.name] = methods.load(config.method)
+    published = {row.name: row.published for row in rows}
+    same = [name for name, method in built.items() if method == methods.load({"name": "u2pl"})]
+    assert same == ["table4/unreliable", "table5/ranks_3_20", "table6/all", "table7/alpha_20"]
+    assert {published[name]["1_4"] for name in same} == {79.30}
+    assert published["table5/ranks_10_20"] == {"1_8": 78.62, "1_4": 78.94}
+    assert published["table6/baseline"] == {"1_4": 73.02}
+    assert published["table6/contrast"] == {"1_4": 77.08}
+    assert published["table7/alpha_40"] == {"1_8": 76.77, "1_4": 76.92}
 
 
 def test_full_size_steps_of_dmt_keep_the_state():

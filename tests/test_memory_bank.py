@@ -86,9 +86,7 @@ def test_no_gradient_reaches_the_bank():
 
     def total(old, new):
         bank = memory_bank.empty(LENGTHS, E, "float32")
-        bank = memory_bank.push(
-            bank.__class__(old, bank.position, bank.fill, bank.length), new, count
-        )
+        bank = memory_bank.push(dataclasses.replace(bank, keys=old), new, count)
         return bank.keys.sum() + memory_bank.draw(bank, 0, jax.random.key(0), (3,)).sum()
 
     for gradient in jax.grad(total, (0, 1))(jnp.ones((3, 7, E)), jnp.asarray(keys)):
