@@ -52,15 +52,9 @@ LEAST: Mapping[str, int] = {
 }
 """The least that numbers may be."""
 
-_BACKBONE: Mapping[str, Any] = {
-    "backbone": "resnet50",
+_SHARED: Mapping[str, Any] = {
     "pretrained": "",
     "preprocessing": "imagenet",
-    "width": 64,
-    "stem": "deep",
-    "stem_width": 0,
-    "output_stride": 16,
-    "multi_grid": (1, 1, 1),
     "auxiliary": False,
     "embedding": 0,
     "dropout": 0.0,
@@ -70,6 +64,16 @@ _BACKBONE: Mapping[str, Any] = {
     "stochastic_depth": 1.0,
     "dtype": "float32",
     "remat": False,
+}
+
+_BACKBONE: Mapping[str, Any] = {
+    **_SHARED,
+    "backbone": "resnet50",
+    "width": 64,
+    "stem": "deep",
+    "stem_width": 0,
+    "output_stride": 16,
+    "multi_grid": (1, 1, 1),
 }
 
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
@@ -104,15 +108,32 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
         "dropout": 0.1,
         "align_corners": True,
     },
+    "setr": {
+        **_SHARED,
+        "backbone": "vit_large",
+        "preprocessing": "inception",
+        "patch": 16,
+        "tokens": 1,
+        "channels": 256,
+        "stochastic_depth_schedule": "constant",
+    },
 }
-"""`model.name` -> the other keys of `model`, as MKD, DMT and DARS have these networks."""
+"""`model.name` -> the other keys of `model`, as MKD, DMT, DARS and SETR have these networks."""
+
+_SMALL_BACKBONE: Mapping[str, Any] = {"backbone": "resnet10", "width": 16}
 
 SMALL: Mapping[str, Mapping[str, Any]] = {
-    "deeplab_v3plus": {"aspp_rates": (1, 2, 3), "channels": 48, "low_level_channels": 16},
-    "deeplab_v2": {"aspp_rates": (1, 2, 3, 4), "auxiliary_channels": 16},
-    "pspnet": {"stem_width": 8, "channels": 48, "auxiliary_channels": 16},
+    "deeplab_v3plus": {
+        **_SMALL_BACKBONE,
+        "aspp_rates": (1, 2, 3),
+        "channels": 48,
+        "low_level_channels": 16,
+    },
+    "deeplab_v2": {**_SMALL_BACKBONE, "aspp_rates": (1, 2, 3, 4), "auxiliary_channels": 16},
+    "pspnet": {**_SMALL_BACKBONE, "stem_width": 8, "channels": 48, "auxiliary_channels": 16},
+    "setr": {"backbone": "vit_mini", "patch": 8, "channels": 48},
 }
-"""`model.name` -> what its head has on a backbone of width 16."""
+"""`model.name` -> what makes a network of half a million parameters of it, for small images."""
 
 
 SMALL_CONTRAST: Mapping[str, Any] = {
@@ -589,9 +610,7 @@ def use_small(config: Config) -> None:
     Args:
       config: is changed.
     """
-    config.model.update(
-        backbone="resnet10", width=16, batch_norm_momentum=0.1, **SMALL[config.model.name]
-    )
+    config.model.update(batch_norm_momentum=0.1, **SMALL[config.model.name])
     config.optimizer.update(name="adamw", learning_rate=0.01, weight_decay=0.1)
 
 
@@ -604,7 +623,15 @@ def use_pretrained(config: Config) -> None:
 
     Args:
       config: is changed.
+
+    Raises:
+      UserError: the network has no convolutional backbone.
     """
+    if "output_stride" not in config.model:
+        raise UserError(
+            f"The variant 'pretrained' is a convolutional backbone, and {config.model.name} has "
+            "none. Set --config.model.pretrained to a file or repository of its own kind."
+        )
     config.model.update(backbone="efficientnet_lite0", pretrained="imagenet", output_stride=16)
     rate = {"sgd": 0.01, "adamw": 0.001}[config.optimizer.name]
     config.optimizer.head_factor *= config.optimizer.learning_rate / rate

@@ -254,7 +254,7 @@ def test_model_refuses(field, value):
         make(**{field: value})
 
 
-NETWORKS = ("deeplab_v2", "deeplab_v3plus", "pspnet")
+NETWORKS = ("deeplab_v2", "deeplab_v3plus", "pspnet", "setr")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -264,13 +264,14 @@ def test_a_config_may_have_any_network(name, small):
     configs.use_network(config, name, dropout=0.25)
     if small:
         configs.use_small(config)
-    config.model_b.width = 8
+    size = "patch" if name == "setr" else "width"
+    config.model_b[size] = 4
     a, b = (models.load(configs.model_of(config, student), 3) for student in "ab")
     assert type(a) is type(b)
     assert type(a).__module__ == f"jaxssl.models.{name}"
     assert (a.dropout, b.dropout) == (0.25, 0.25)
-    assert (a.width, b.width) == (16 if small else 64, 8)
-    shared = {field.name for field in dataclasses.fields(segmentation.SegmentationNetwork)}
+    assert (getattr(a, size), getattr(b, size)) == (config.model[size], 4)
+    shared = {field.name for field in dataclasses.fields(segmentation.ConvolutionalNetwork)}
     assert vars(a).keys() - shared <= set(config.model)
     assert config.model.keys() == config.model_a.keys() == config.model_b.keys()
 
@@ -297,6 +298,13 @@ def test_the_command_line_gives_a_student_another_network():
     assert a == {**config.model}
     assert b == {**configs.model_section("deeplab_v2"), "backbone": "resnet18"}
     assert models.load(b, 3).aspp_branches == 4
+
+
+def test_the_variant_of_a_convolutional_backbone_is_for_networks_that_have_one():
+    config = configs.default()
+    configs.use_network(config, "setr")
+    with pytest.raises(UserError, match=r"setr has none\. Set --config\.model\.pretrained"):
+        configs.use_pretrained(config)
 
 
 def test_the_default_network_is_one_of_them():
@@ -335,7 +343,7 @@ def test_network_is_hashable_and_one_file(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("from jaxssl.models.deeplab_v3plus import Model")
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
     assert models.load({"name": "mine"}, 3).num_classes == 3
-    assert models.available() == ("deeplab_v2", "deeplab_v3plus", "mine", "pspnet")
+    assert models.available() == tuple(sorted((*NETWORKS, "mine")))
 
 
 def test_axis_name_reaches_batch_norm(tiny, image):
