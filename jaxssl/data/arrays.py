@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -53,14 +54,21 @@ class ArraySource:
     @property
     def class_ids(self) -> np.ndarray | None:
         """Class of each image, uint8 `[len(self)]`; None without labels."""
-        labels = self._read().labels
+        labels = self._stored.labels
         return None if labels is None else labels[self._places]
+
+    @functools.cached_property
+    def _stored(self) -> Stored:
+        return self._read()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_stored"}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Record:
-        stored, place = self._read(), self._places[index]
+        stored, place = self._stored, self._places[index]
         image = stored.images[place]
         image = np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image.copy()
         if stored.labels is None:

@@ -52,7 +52,7 @@ def load(
     paths, names = [], []
     for part in parts_of(split, FILES, "CIFAR-10"):
         stamps = tuple(stamp(folder / name) for name in FILES[part])
-        count = len(_read(stamps, info.num_classes).images)
+        count = len(_read(stamps, info.num_classes, True).images)
         names += numbered("test" if part == "val" else part, count)
         paths += stamps
     read = functools.partial(_read, tuple(paths), info.num_classes, labels)
@@ -87,12 +87,10 @@ def _class_names(file: tuple[Path, int, int]) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(
-    files: tuple[tuple[Path, int, int], ...], num_classes: int, labels: bool = True
-) -> Stored:
+def _read(files: tuple[tuple[Path, int, int], ...], num_classes: int, labels: bool) -> Stored:
     """The arrays of some files; what was read last is kept."""
     if not labels:
-        return Stored(_read(files, num_classes).images, None)
+        return Stored(_read(files, num_classes, True).images, None)
     parts = [_read_batch(path, num_classes) for path, _, _ in files]
     images, classes = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     return Stored(images, classes)

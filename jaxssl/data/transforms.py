@@ -301,13 +301,16 @@ def _resize(
     """
     margin = ring + (2 if blur else 0)
     (rows, above), (columns, beside) = rows.widened(margin), columns.widened(margin)
-    # Resizing only the crop's box gives the pixels of resizing everything, then cropping.
-    (top, bottom), (left, right) = rows.box(), columns.box()
-    resized = np.array(
-        Image.fromarray(image).resize(
-            (columns.size, rows.size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+    if rows.source == rows.scaled and columns.source == columns.scaled:
+        resized = image[rows.start :, columns.start :][: rows.size, : columns.size].copy()
+    else:
+        # Resizing only the crop's box gives the pixels of resizing everything, then cropping.
+        (top, bottom), (left, right) = rows.box(), columns.box()
+        resized = np.array(
+            Image.fromarray(image).resize(
+                (columns.size, rows.size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+            )
         )
-    )
     padded = np.pad(resized, (above, beside, (0, 0)), "reflect") if margin else resized
     return _blur(padded) if blur else padded
 
