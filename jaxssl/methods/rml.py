@@ -410,16 +410,10 @@ def rectified(logits: jax.Array, distance: jax.Array) -> jax.Array:
 
 
 def _no_prototypes(net: Network) -> jax.Array:
-    """Zeros `[C,D]` for a network; its channels do not depend on the size of an image."""
-    size = (64, 64)
-
-    def run(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        images = {"image": jnp.zeros((1, *size, 3), jnp.uint8)}
-        outputs, _ = _see(net, net.init(key, size), images)
-        return outputs.logits, _features(outputs)
-
-    logits, features = jax.eval_shape(run, jax.random.key(0))
-    return jnp.zeros((logits.shape[-1], features.shape[-1]), features.dtype)
+    """Zeros `[C,D]` for a network."""
+    outputs = supervised.output_shapes(net)
+    features = _features(outputs)
+    return jnp.zeros((outputs.logits.shape[-1], features.shape[-1]), features.dtype)
 
 
 def _see(

@@ -146,6 +146,17 @@ def ema_decay(phase: Phase, k: jax.Array, most: float) -> jax.Array | float:
     return 0.0 if phase.name == WARMUP else jnp.minimum(1 - 1 / (k + 1), most)
 
 
+def output_shapes(net: Network) -> Outputs:
+    """What a network computes from an image, as shapes; channels do not depend on its size."""
+    size = (64, 64)
+
+    def run(key: jax.Array) -> Outputs:
+        image = jnp.zeros((1, *size, 3), jnp.uint8)
+        return net.apply(*net.init(key, size), image, batch_stats=False)[0]
+
+    return jax.eval_shape(run, jax.random.key(0))
+
+
 def at_full_size(net: Network, logits: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Logits `[B,h,w,C]` resized to the images' size; those of whole images, `[B,C]`, as they
     are.

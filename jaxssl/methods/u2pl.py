@@ -172,7 +172,7 @@ class Method(contracts.Method):
         del params
         if not self.lambda_c:
             return {}
-        outputs = _shapes(nets["a"])
+        outputs = supervised.output_shapes(nets["a"])
         if outputs.embedding is None:
             raise UserError(
                 "U2PL needs a network with a representation head: set --config.model.embedding=256."
@@ -234,12 +234,9 @@ class Method(contracts.Method):
         mask_key, dropout_key, contrast_key = jax.random.split(key, 3)
         mask = self._mask(mask_key, unlabeled["valid"].shape)
         mixed = {name: mixing.mix(mask, unlabeled[name]) for name in ("image", "valid")}
-        images, n = (
-            supervised.joined({"labeled": labeled, "unlabeled": mixed}),
-            len(labeled["label"]),
-        )
-        teacher = jax.lax.stop_gradient(state.network(TEACHER + "a"))
-        seen = self._seen(net, teacher, batch, images, mask)
+        images = supervised.joined({"labeled": labeled, "unlabeled": mixed})
+        teacher, n = state.network(TEACHER + "a"), len(labeled["image"])
+        seen = jax.lax.stop_gradient(self._seen(net, teacher, batch, images, mask))
         alpha, valid = self.alpha(progress), mixed["valid"]
         gamma = percentile(seen.entropies, 100 - alpha, valid=valid)
         known = jnp.where(valid, seen.pseudo, IGNORE_LABEL)
@@ -562,16 +559,6 @@ def _mixed_behind(mask: jax.Array, first: int, x: jax.Array) -> jax.Array:
     """`[B,h,w,D]` with all but the first images mixed, by the pixels nearest to the mask's."""
     small = mixing.resize_nearest(mask, x.shape[1:3])
     return jnp.concatenate([x[:first], mixing.mix(small, x[first:])])
-
-
-def _shapes(net: Network) -> Outputs:
-    """Outputs of one image as shapes; channels do not depend on its size."""
-
-    def run(key: jax.Array) -> Outputs:
-        image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
-        return net.apply(*net.init(key, (64, 64)), image, batch_stats=False)[0]
-
-    return jax.eval_shape(run, jax.random.key(0))
 
 
 def _unit(x: jax.Array) -> jax.Array:
