@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> configs.Config:
     config.method = ConfigDict(
         {
             "name": "mean_teacher",
-            "weight": 10.0,
+            "weight": 1.0,
             "rampup": 0.27,
             "ema_decay_max": 0.999,
             "teacher_stats": "own",
