@@ -30,7 +30,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -38,11 +38,8 @@ from jaxssl import comparison, logs, metrics
 from jaxssl.contracts import DataInfo, UserError
 from jaxssl.data import cityscapes, files
 from jaxssl.data.pseudo_labels import Store
+from jaxssl.figures import class_figure, quality_figure
 from jaxssl.trained import Trained, open_trained
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TAIL_SHARE = 0.1
 """The rarest classes that together hold at most this share of the labeled pixels are the tail."""
@@ -206,81 +203,6 @@ def read_labelings(run: Trained) -> list[dict[str, Any]]:
     return [store.read_summary() for store in stores if store.complete]
 
 
-def class_figure(info: DataInfo, labelings: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bars for the share of each class in the labels and in each labeling, on a logarithmic scale,
-    the most frequent class first.
-
-    Args:
-      info: names and colors.
-      labelings: of `read_labelings`, at least one.
-    """
-    from matplotlib.patches import Patch
-
-    shares = np.array(
-        [[labelings[0]["classes"][name]["of_labels"] or 0.0 for name in info.classes]]
-        + [[one["classes"][name]["of_kept"] or 0.0 for name in info.classes] for one in labelings]
-    )
-    order = np.argsort(-shares[0], kind="stable")
-    shares, bars = 100 * shares[:, order], len(shares)
-    colors = np.array(info.palette)[order] / 255
-    figure = _figure(max(7.0, 1.5 + len(order) * (0.3 + min(0.13 * bars, 0.55))), 4.6)
-    axes = figure.subplots()
-    _quiet(axes)
-    floor = 10.0 ** np.floor(np.log10(shares[shares > 0].min(initial=1.0) / 1.5))
-    # The labels have the colors of their classes, round after round is paler.
-    width, pale = 0.84 / bars, np.concatenate([[0], np.linspace(0.35, 0.75, bars - 1)])
-    for i, share in enumerate(shares):
-        x = np.arange(len(order)) + (i - (bars - 1) / 2) * width
-        face, height = colors + pale[i] * (1 - colors), np.maximum(share, floor) - floor
-        axes.bar(x, height, width, floor, color=face, edgecolor=_INK, linewidth=0.6)
-        axes.plot(x[share == 0], np.full((share == 0).sum(), 1.25 * floor), "x", color=_RED, ms=4)
-    axes.set_yscale("log")
-    axes.set_ylim(floor, 130)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("share of pixels, %")
-    axes.set_xlim(-0.6, len(order) - 0.4)
-    ticks = [info.classes[i] for i in order]
-    axes.set_xticks(range(len(order)), ticks, rotation=40, ha="right", rotation_mode="anchor")
-    names = ["labels", *(one["phase"] for one in labelings)]
-    handles: list[Any] = [
-        Patch(facecolor=str(0.4 + 0.6 * pale[i]), edgecolor=_INK, label=name)
-        for i, name in enumerate(names)
-    ]
-    if (shares == 0).any():
-        handles += axes.plot([], [], "x", color=_RED, ms=5, label="none")
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
-    return figure
-
-
-def quality_figure(labelings: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bars for the share of pixels that each labeling keeps, and for how many of these are right
-    where that is known.
-
-    Args:
-      labelings: of `read_labelings`, at least one.
-    """
-    values = {"pixels with a pseudo-label": [one["kept"] for one in labelings]}
-    if any(one["accuracy"] is not None for one in labelings):
-        values["pseudo-labels that are right"] = [one["accuracy"] for one in labelings]
-    figure = _figure(max(5.5, 1.5 + 1.3 * len(labelings)), 3.8)
-    axes = figure.subplots()
-    _quiet(axes)
-    width, colors = 0.8 / len(values), (_BLUE, _ORANGE)[: len(values)]
-    for i, ((name, shares), color) in enumerate(zip(values.items(), colors, strict=True)):
-        x = np.arange(len(labelings)) + (i - (len(values) - 1) / 2) * width
-        percent = [np.nan if share is None else 100 * share for share in shares]
-        drawn = axes.bar(x, percent, 0.94 * width, color=color, label=name)
-        texts = ["" if share is None else f"{100 * share:.1f}" for share in shares]
-        axes.bar_label(drawn, texts, padding=2, color=_INK, fontsize=9)
-    axes.set_ylim(0, 105)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("%")
-    axes.set_xlim(-0.6, len(labelings) - 0.4)
-    axes.set_xticks(range(len(labelings)), [one["phase"] for one in labelings])
-    figure.legend(loc="outside upper right", ncols=len(values), frameon=False)
-    return figure
-
-
 def _score(
     line: Mapping[str, Any], network: str, tail: Sequence[str], measure: metrics.Measure
 ) -> dict[str, Any]:
@@ -325,23 +247,6 @@ def _labeling_row(summary: Mapping[str, Any]) -> tuple[object, ...]:
         "-" if kl is None else f"{kl:.4f}",
         _percent(summary["accuracy"]),
     )
-
-
-_INK, _RED, _BLUE, _ORANGE = "#1c1e22", "#b3261e", "#2f5d8a", "#d9913a"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure((min(width, 40), height), layout="constrained")
-
-
-def _quiet(axes: Axes) -> None:
-    """Leaves of the frame what is needed to read values."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_INK, labelsize=9)
-    axes.grid(axis="y", color="0.88", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 if __name__ == "__main__":

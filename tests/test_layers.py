@@ -74,7 +74,8 @@ ALLOWED = {
         "trained",
         "watch",
     },
-    "report": {"comparison", "contracts", "data", "logs", "trained"},
+    "figures": {"contracts"},
+    "report": {"comparison", "contracts", "data", "figures", "logs", "metrics", "trained"},
     "check_data": {
         "auto",
         "config",
