@@ -8,8 +8,10 @@
 
 A seed chooses the labeled images, the initialization and the order of the batches, so differences
 to "supervised" of the same seed are paired: until its warm-up ends, student a is that run. Scores
-are mIoU in percent over the classes present, student a after the last update: none is chosen by it.
-Updates are those of all phases; where two networks take turns, as in DMT, half of them are a's.
+are mIoU in percent over the classes present, of the network that the method reports (student a, or
+its teacher) after the last update: none is chosen by it.
+Updates are those of all phases; where two networks take turns, as in DMT, half of them are a's. MiB
+is what the compiler says that a step takes.
 
 One run is one file in benchmarks/results/, named after what its config changes and the sources that
 computed it. A run that other sources computed is not repeated without --again: a new method adds
@@ -40,6 +42,8 @@ FILE = Path(__file__).resolve()
 ROOT = FILE.parents[1]
 RESULTS = FILE.parent / "results"
 BASELINE = "supervised"
+ABLATIONS = {"mkd": "table3/", "u2pl": "table6/", "rml": "table4/"}
+"""By method, the table of its paper whose rows take it apart."""
 SCORING = ("mode", "window", "stride", "flip", "scales")
 """Keys of `eval` that change a score."""
 
@@ -64,10 +68,17 @@ def rows() -> dict[str, Row]:
         "cbst": Row("dmt", {"method.labels": "own", "method.weight": "none"}),
         "dars": Row("dars"),
         "st": Row("dars", {"method.rule": "st"}),
+        "u2pl": Row("u2pl"),
+        "rml": Row("rml"),
+        "mean_teacher": Row("mean_teacher"),
+        "fixmatch": Row("fixmatch"),
+        "cutmix_seg": Row("cutmix_seg"),
+        "dml": Row("dml"),
     }
-    for row in _load(ROOT / "configs" / "mkd_sweep.py").get_rows():
-        if row.name.startswith("table3/"):
-            found[f"mkd_{row.name.removeprefix('table3/')}"] = Row("mkd", row.overrides)
+    for method, table in ABLATIONS.items():
+        for row in _load(ROOT / "configs" / f"{method}_sweep.py").get_rows():
+            if row.name.startswith(table):
+                found[f"{method}_{row.name.removeprefix(table)}"] = Row(method, row.overrides)
     return found
 
 
@@ -176,6 +187,7 @@ def measure(run: Run, results: Path, workdirs: Path, *, again: bool = False) -> 
     if code := phases.run(run.config, workdir):
         sys.exit(code)
     last = [line for line in _lines(workdir / "metrics.jsonl") if "val/miou" in line][-1]
+    starts = _lines(workdir / "time.jsonl")
     result = {
         "row": run.row,
         "seed": run.seed,
@@ -184,9 +196,8 @@ def measure(run: Run, results: Path, workdirs: Path, *, again: bool = False) -> 
         "last": {key: value for key, value in last.items() if key.startswith(("val/", "watch/"))},
         "steps": last["step"],
         "labelings": labelings(workdir),
-        "training_seconds": sum(
-            start["seconds"]["training"] for start in _lines(workdir / "time.jsonl")
-        ),
+        "training_seconds": sum(start["seconds"]["training"] for start in starts),
+        "memory": max((n for start in starts for n in start["memory"].values()), default=None),
         "code": code_version(run.config.method.name),
         "data": run.data,
         "config": json.loads((workdir / "config.json").read_text()),
@@ -233,8 +244,8 @@ def table(runs: Sequence[Run], folder: Path) -> str:
             found.setdefault(run.row, {})[run.seed] = result
     base = found.get(BASELINE, {})
     lines = [
-        f"| | seeds | mIoU % | minus {BASELINE} | better in | updates | time per update |",
-        "|---|---|---|---|---|---|---|",
+        f"| | seeds | mIoU % | minus {BASELINE} | better in | updates | time per update | MiB |",
+        "|---|---|---|---|---|---|---|---|",
         *(_line(name, results, base) for name, results in found.items()),
     ]
     for name, results in found.items():
@@ -252,9 +263,11 @@ def _line(name: str, runs: Mapping[int, Any], base: Mapping[int, Any]) -> str:
     cost = f"{statistics.median(ratios):.1f}" if ratios else ""
     same = name == BASELINE
     updates = max(run["steps"] for run in runs.values())
+    sizes = [run["memory"] for run in runs.values() if run.get("memory")]
+    size = f"{max(sizes) / 2**20:.0f}" if sizes else ""
     return (
         f"| {name} | {len(scores)} | {_spread(scores)} | {'' if same else _spread(gaps, sign='+')} "
-        f"| {'' if same else wins} | {updates} | {cost} |"
+        f"| {'' if same else wins} | {updates} | {cost} | {size} |"
     )
 
 

@@ -203,7 +203,7 @@ def find_weights(config: Config, method: Method) -> None:
       UserError: as `pretrained.load`.
     """
     of_student = {name: configs.model_of(config, name) for name in method.students}
-    wanted = {name: model for name, model in of_student.items() if model["pretrained"]}
+    wanted = {name: model for name, model in of_student.items() if model.get("pretrained")}
     key, shapes = jax.random.key(0), {}
     for name, model in wanted.items():
         net = models.load(model, num_classes=2)  # of heads nothing is an error
@@ -411,14 +411,17 @@ def _refuse_other_run(
 
 
 def _finish(run: Run) -> None:
-    """Waits for the disk, and adds where the time of this start went to time.jsonl."""
+    """Waits for the disk, and adds where the time of this start went to time.jsonl, and what memory
+    its steps took.
+    """
     with run.stopwatch("checkpoint"):
         run.checkpoints.wait()
     seconds = {name: round(value, 3) for name, value in run.stopwatch.seconds().items()}
     step, _ = run.checkpoints.latest() or (0, None)
     if jax.process_index() == 0:
         with (run.workdir / "time.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds}) + "\n")
+            line = {"step": step, "seconds": seconds, "memory": run.memory}
+            file.write(json.dumps(line) + "\n")
 
 
 def _report(run: Run, state: TrainState) -> None:

@@ -7,7 +7,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,7 @@ class Run:
       console: of words.
       stop: asks whether to leave.
       stopwatch: where the time of this start goes.
+      memory: by phase, bytes that a step takes on each device, where the compiler says.
       best: phase name -> {"step", "score", "choice", "network", "mode", "last"}: the headline's
         best evaluation so far, by its "choice", and the score of its last one, both in this mode.
     """
@@ -105,6 +106,7 @@ class Run:
     console: Console
     stop: StopSignal
     stopwatch: Stopwatch
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
     best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def begin(self, index: int) -> int:
@@ -216,21 +218,40 @@ def compile_step(
         lowered = jitted.lower(state, frozen, batch, clock)
         check_fixed_point(state, lowered.out_info[0])
         compiled = lowered.compile()
-    run.console.message(f"{phase.name}: {memory_estimate(compiled)}")
+    if (estimate := MemoryEstimate.of(compiled)) is not None:
+        run.memory[phase.name] = estimate.total
+        run.console.message(f"{phase.name}: {estimate}")
     return compiled
 
 
-def memory_estimate(compiled: jax.stages.Compiled) -> str:
-    """What the compiler says that a call of the step takes, in words."""
-    stats = compiled.memory_analysis()
-    if stats is None:
-        return "this backend does not say how much memory a step takes."
-    given, work = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    total = given + work + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return (
-        f"a step takes about {memory(total)} of memory on each device: state and batch "
-        f"{memory(given)}, intermediate results {memory(work)}."
-    )
+class MemoryEstimate(NamedTuple):
+    """What the compiler says that a call takes on each device, in bytes.
+
+    Attributes:
+      given: the arguments.
+      work: what is in between.
+      total: all, with what comes out and does not stand where an argument was.
+    """
+
+    given: int
+    work: int
+    total: int
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> MemoryEstimate | None:
+        """None where the backend does not say."""
+        stats = compiled.memory_analysis()
+        if stats is None:
+            return None
+        given, work = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+        new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        return cls(given, work, given + work + new)
+
+    def __str__(self) -> str:
+        return (
+            f"a step takes about {memory(self.total)} of memory on each device: state and batch "
+            f"{memory(self.given)}, intermediate results {memory(self.work)}."
+        )
 
 
 def report(
