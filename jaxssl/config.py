@@ -490,6 +490,26 @@ def use_dmt(config: Config, backbone: str | None, learning_rate: float) -> None:
     config.eval.every = 500
 
 
+def use_rml(config: Config, backbone: str | None) -> None:
+    """Swaps in what RML says of any data: DeepLabv2 with model noise, all at one learning rate;
+    crop, batch and updates of a stage are left to set.
+
+    Args:
+      config: is changed.
+      backbone: "r50", "r101" (if None) or "pretrained".
+    """
+    use_network(
+        config,
+        "deeplab_v2",
+        backbone="resnet50" if backbone == "r50" else "resnet101",
+        dropout=0.5,
+        stochastic_depth=0.8,
+    )
+    if backbone == "pretrained":
+        use_pretrained(config)
+    config.optimizer.update(learning_rate=1e-4, head_factor=1.0, weight_decay=2e-4)
+
+
 def use_dars(config: Config, crop: int, shown: float) -> None:
     """Swaps in what DARS says of any data: PSPNet-50, batch, optimizer, geometry, and evaluation by
     windows and mirror images, as its released code does; epochs are left to set.

@@ -20,6 +20,7 @@ from jaxssl.contracts import Labeling, Plan, UserError
 from jaxssl.data import masks, tfds
 from jaxssl.data.folder import Facts
 from jaxssl.inference import Presentation
+from jaxssl.methods import rml
 from jaxssl.state import create
 from jaxssl.step import Clock, make_train_step
 
@@ -71,8 +72,9 @@ def trace(config, num_classes: int = 19):
             seed=0,
         )
         images = {stream.name: arrays(stream, size) for stream in phase.streams}
+        frozen = {name: state.network(weights.network) for name, weights in phase.frozen.items()}
         clock = jax.eval_shape(lambda phase=phase: Clock.of(phase, 0))
-        after, metrics = jax.eval_shape(step, state, {}, images, clock)
+        after, metrics = jax.eval_shape(step, state, frozen, images, clock)
         yield state, after, metrics
 
 
@@ -172,6 +174,7 @@ def settled(name, arg, classes=3):
         ("supervised_folder", 2),
         ("dars_folder", 2),
         ("dmt_folder", 2),
+        ("rml_folder", 2),
         ("u2pl_folder", 2),
     ],
 )
@@ -524,6 +527,97 @@ def test_sweep_rows_of_dmt_build_and_match_the_table():
     assert published["table7/dmt"] == (70.16, 68.37)
     weights = {row.name: row.overrides["method.weight"] for row in rows}
     assert weights["table7/cbst"] == weights["table7/online_st"] == "none"
+
+
+@pytest.mark.parametrize("arg", ["r50", "r50,setr"])
+def test_full_size_steps_of_rml_keep_the_state(arg):
+    shapes = []
+    for before, after, metrics in trace(get_config("rml_cityscapes", arg)):
+        assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+        assert metrics["loss"][0].shape == ()
+        shapes.append(jax.tree.map(jnp.shape, before))
+    warmup, stage = shapes
+    alike = jax.tree.structure(stage.params["a"]) == jax.tree.structure(stage.params["b"])
+    assert alike == (arg == "r50")
+    prototypes = {"prototypes": {"a": (19, 2048), "b": (19, 2048)}}
+    assert warmup.extra == stage.extra == (prototypes if alike else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "steps", "batch", "crop", "scale"),
+    [
+        ("rml_cityscapes", None, 90_000, 4, (256, 512), (0.5, 0.5)),
+        ("rml_cityscapes", "1_30,r50", 90_000, 4, (256, 512), (0.5, 0.5)),
+        ("rml_cityscapes", "pretrained", 90_000, 4, (256, 512), (0.5, 0.5)),
+        ("rml_voc", None, 60_000, 10, (321, 321), (0.5, 1.5)),
+        ("rml_voc", "1_100,coco", 60_000, 10, (321, 321), (0.5, 1.5)),
+    ],
+)
+def test_rml_trains_as_the_paper_says(name, arg, steps, batch, crop, scale):
+    config = get_config(name, arg)
+    assert (config.steps, config.epochs, config.warmup) == (steps, None, 0)
+    assert (config.batch.labeled, config.batch.unlabeled) == (batch, batch)
+    assert (tuple(config.crop), tuple(config.augment.scale)) == (crop, scale)
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.9)
+    assert (config.optimizer.learning_rate, config.optimizer.head_factor) == (1e-4, 1.0)
+    assert (config.optimizer.schedule, config.optimizer.weight_decay) == ("poly", 2e-4)
+    model = configs.model_of(config, "b")
+    assert (model["name"], model["dropout"], model["stochastic_depth"]) == ("deeplab_v2", 0.5, 0.8)
+    assert model["preprocessing"] == ("caffe" if "coco" in (arg or "") else "imagenet")
+    half = name == "rml_cityscapes"
+    assert (config.eval.mode, config.method.prototype_scale) == (
+        ("half_res", 0.5) if half else ("whole", 1.0)
+    )
+    method = methods.load(config.method)
+    assert method == rml.Method(prototype_scale=config.method.prototype_scale)
+    plan = Plan({"labeled": 372, "unlabeled": 2603}, dict(config.batch), 19, steps=config.steps)
+    assert [phase.steps for phase in method.phases(plan)] == [steps // 5, steps, steps]
+
+
+@pytest.mark.parametrize("arg", ["streets", "streets,long", "streets,pretrained,1_8"])
+def test_streets_of_rml(arg):
+    """Networks but for their noise, data and the updates of a network are those of the others."""
+    config, other = get_config("rml_cityscapes", arg), get_config("supervised_cityscapes", arg)
+    assert config.method.stages * config.steps == other.steps
+    assert config.model.dropout > 0
+    assert config.model.stochastic_depth < 1
+    other.model.update(dropout=config.model.dropout, stochastic_depth=config.model.stochastic_depth)
+    config.method, config.next, config.steps = other.method, other.next, other.steps
+    assert config.to_dict() == other.to_dict()
+
+
+@pytest.mark.parametrize("arg", ["setr", "setr,1_4", "streets,setr", "streets,setr,pretrained"])
+def test_a_pair_of_deeplab_and_setr(arg):
+    config = get_config("rml_cityscapes", arg)
+    a, b = (configs.model_of(config, student) for student in "ab")
+    streets = "streets" in arg
+    assert (a["name"], b["name"]) == ("deeplab_v3plus" if streets else "deeplab_v2", "setr")
+    assert models.load(b, 3).backbone == ("vit_mini" if streets else "vit_large")
+    row = next(row for row in load("rml_sweep").get_rows() if row.name.endswith("v2_setr_iml"))
+    for key, value in row.overrides.items():
+        if key.startswith("method."):
+            assert config.method[key.removeprefix("method.")] == value
+
+
+def test_sweep_rows_of_rml_build_and_match_the_tables():
+    rows = {row.name: row for row in load("rml_sweep").get_rows()}
+    phases = collections.Counter()
+    for row in rows.values():
+        config = get_config("rml_cityscapes", "1_8")
+        config.update_from_flattened_dict(row.overrides)
+        method, sizes = methods.load(config.method), {"labeled": 372, "unlabeled": 2603}
+        phases[len(method.phases(Plan(sizes, dict(config.batch), 19, steps=5))) - 1] += 1
+        for student in "ab":
+            networks = models.load(configs.model_of(config, student), 19)
+            assert type(networks).__module__.endswith(
+                "setr" if f"model_{student}.name" in row.overrides else "deeplab_v2"
+            )
+    assert phases == {0: 3, 1: 8, 2: 1}
+    published = [row.published["a"] for name, row in rows.items() if name.startswith("table4")]
+    assert published == [56.03, 60.09, 60.51, 60.49, 61.25, 62.85, 63.65]
+    assert rows["table5/deeplab_v2_setr_iml"].published == {"a": 63.96, "b": 64.35}
+    assert rows["table5/iml"].overrides == rows["table4/iml"].overrides
+    assert methods.load(get_config("rml_voc").method) == rml.Method()
 
 
 def test_students_may_differ():
