@@ -202,7 +202,7 @@ def _warmup(config: Config, facts: Facts) -> tuple[int, str]:
     Those with ImageNet features do without a warm-up, as the papers of CPS and MKD do.
     """
     del facts
-    if config.model.pretrained or config.model_a.pretrained:
+    if any(section.get("pretrained") for section in (config.model, config.model_a)):
         return 0, "the networks begin with pretrained features"
     return config.steps or config.limits.steps // 4, "the networks begin with random weights"
 

@@ -52,17 +52,17 @@ LEAST: Mapping[str, int] = {
 }
 """The least that numbers may be."""
 
+_ALL: Mapping[str, Any] = {"preprocessing": "imagenet", "dropout": 0.0, "dtype": "float32"}
+
 _SHARED: Mapping[str, Any] = {
+    **_ALL,
     "pretrained": "",
-    "preprocessing": "imagenet",
     "auxiliary": False,
     "embedding": 0,
-    "dropout": 0.0,
     "decoder_dropout": 0.0,
     "align_corners": False,
     "batch_norm_momentum": 0.1,
     "stochastic_depth": 1.0,
-    "dtype": "float32",
     "remat": False,
 }
 
@@ -117,8 +117,18 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
         "channels": 256,
         "stochastic_depth_schedule": "constant",
     },
+    "wide_resnet": {
+        **_ALL,
+        "preprocessing": "cifar10",
+        "depth": 28,
+        "widen": 2,
+        "batch_norm_momentum": 0.1,
+    },
+    "mlp": {**_ALL, "preprocessing": "mnist", "hidden": (256, 256)},
 }
-"""`model.name` -> the other keys of `model`, as MKD, DMT, DARS and SETR have these networks."""
+"""`model.name` -> the other keys of `model`, as MKD, DMT, DARS, SETR and RML have these networks.
+The last two classify whole images.
+"""
 
 _SMALL_BACKBONE: Mapping[str, Any] = {"backbone": "resnet10", "width": 16}
 
@@ -132,8 +142,11 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "deeplab_v2": {**_SMALL_BACKBONE, "aspp_rates": (1, 2, 3, 4), "auxiliary_channels": 16},
     "pspnet": {**_SMALL_BACKBONE, "stem_width": 8, "channels": 48, "auxiliary_channels": 16},
     "setr": {"backbone": "vit_mini", "patch": 8, "channels": 48},
+    "wide_resnet": {"depth": 10, "widen": 1},
+    "mlp": {"hidden": (128, 128)},
 }
-"""`model.name` -> what makes a network of half a million parameters of it, for small images."""
+"""`model.name` -> what makes a network of half a million parameters or fewer of it, for small images.
+"""
 
 
 SMALL_CONTRAST: Mapping[str, Any] = {
@@ -624,13 +637,15 @@ def folder(network: str | None = None) -> Config:
 
 
 def use_small(config: Config) -> None:
-    """Swaps in a network of half a million parameters, for CPUs, and an optimizer that trains it in
-    few updates: AdamW.
+    """Swaps in a network of half a million parameters or fewer, for CPUs, and an optimizer that
+    trains it in few updates: AdamW.
 
     Args:
       config: is changed.
     """
-    config.model.update(batch_norm_momentum=0.1, **SMALL[config.model.name])
+    config.model.update(SMALL[config.model.name])
+    if "batch_norm_momentum" in config.model:
+        config.model.batch_norm_momentum = 0.1
     config.optimizer.update(name="adamw", learning_rate=0.01, weight_decay=0.1)
 
 

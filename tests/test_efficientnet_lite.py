@@ -47,7 +47,7 @@ def stages_and_logits(net, variables, image):
         module = net.module(batch_stats=False)
         trees = {"params": variables.params, "batch_stats": variables.stats}
         bound = module.bind(trees)
-        stages = bound.backbone(net._normalized(image, None))
+        stages = bound.backbone(*net.inputs(image, None))
         return stages, bound.head(stages)[0]
 
     return jit(run)(variables, image)

@@ -232,7 +232,7 @@ def test_load_refuses():
         models.load({"name": "deeplab"}, 19)
     with pytest.raises(UserError, match=r"'layers'"):
         models.load({"name": "layers"}, 19)
-    with pytest.raises(UserError, match=r"no field 'depth'. Its fields: align_corners"):
+    with pytest.raises(UserError, match=r"no field 'depth'. Its fields: dropout, align"):
         make(depth=50)
 
 
@@ -254,7 +254,9 @@ def test_model_refuses(field, value):
         make(**{field: value})
 
 
-NETWORKS = ("deeplab_v2", "deeplab_v3plus", "pspnet", "setr")
+NETWORKS = ("deeplab_v2", "deeplab_v3plus", "mlp", "pspnet", "setr", "wide_resnet")
+SIZES = {"mlp": ("hidden", (4,)), "setr": ("patch", 4), "wide_resnet": ("widen", 4)}
+"""What a network's size depends on, and a value of it; for the others it is the width."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -264,13 +266,13 @@ def test_a_config_may_have_any_network(name, small):
     configs.use_network(config, name, dropout=0.25)
     if small:
         configs.use_small(config)
-    size = "patch" if name == "setr" else "width"
-    config.model_b[size] = 4
+    size, value = SIZES.get(name, ("width", 4))
+    config.model_b[size] = value
     a, b = (models.load(configs.model_of(config, student), 3) for student in "ab")
     assert type(a) is type(b)
     assert type(a).__module__ == f"jaxssl.models.{name}"
     assert (a.dropout, b.dropout) == (0.25, 0.25)
-    assert (getattr(a, size), getattr(b, size)) == (config.model[size], 4)
+    assert (getattr(a, size), getattr(b, size)) == (config.model[size], value)
     shared = {field.name for field in dataclasses.fields(segmentation.ConvolutionalNetwork)}
     assert vars(a).keys() - shared <= set(config.model)
     assert config.model.keys() == config.model_a.keys() == config.model_b.keys()
@@ -425,6 +427,16 @@ def test_training_equals_pytorch(twins, tiny, trained, image):
     twins.load(twin, tiny[2])
     counts = twins.count_normalized(twin)
     objective(*twin(twins.torch.from_numpy(image).double())).backward()
+    assert_same_update(twins, twin, counts, tiny[2], grads, stats)
+
+
+def assert_same_update(twins, twin, counts, before, grads, stats):
+    """Gradients and new statistics are those of a twin after its backward pass.
+
+    Args:
+      counts: of `count_normalized`.
+      before: `{path: array}`.
+    """
     state = twin.state_dict() | {name: p.grad for name, p in twin.named_parameters()}
     for keys, leaf in jax.tree_util.tree_leaves_with_path((grads, stats)):
         path = path_of(keys[1:])
@@ -432,7 +444,7 @@ def test_training_equals_pytorch(twins, tiny, trained, image):
         theirs = state[name].numpy()
         if path[-1] == "var":
             # PyTorch puts the variance times n / (n - 1) into its running variance.
-            n, old = counts[name.removesuffix(".running_var")], tiny[2][path]
+            n, old = counts[name.removesuffix(".running_var")], before[path]
             theirs = 0.9 * old + (theirs - 0.9 * old) * (n - 1) / n
         np.testing.assert_allclose(ours, theirs, atol=1e-8, rtol=1e-7, err_msg=name)
 

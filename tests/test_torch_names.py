@@ -8,7 +8,7 @@ import safetensors.numpy
 from test_models import apply, make, path_of, random_image, random_leaf
 
 from jaxssl.contracts import UserError, Variables
-from jaxssl.models import network, pretrained, torch_names
+from jaxssl.models import pretrained, torch_names
 
 NET = {"width": 8, "channels": 16, "low_level_channels": 8, "aspp_rates": (1, 2, 3)}
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -425,7 +425,6 @@ def test_preprocessing_is_a_name():
         UserError, match=r"preprocessing is 'bgr'; it must be one of 'imagenet', 'c"
     ):
         make(preprocessing="bgr")
-    assert set(network.PREPROCESSING) == {"imagenet", "caffe", "inception"}
 
 
 def test_efficientnet_has_its_own_colors(tmp_path):

@@ -350,6 +350,47 @@ class PSPNet(Network):
         self.auxiliary = Auxiliary(num_classes, inputs // 2, auxiliary_channels)
 
 
+class WideBlock(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        if inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(x))
+        kept = self.shortcut(y) if hasattr(self, "shortcut") else x
+        return kept + self.conv2(F.relu(self.bn2(self.conv1(y))))
+
+
+class WideResNet(nn.Module):
+    """With the shortcuts of Zagoruyko and Komodakis; for images of CIFAR-10."""
+
+    def __init__(self, num_classes, depth=28, widen=2):
+        super().__init__()
+        widths, blocks = [16, 16 * widen, 32 * widen, 64 * widen], (depth - 4) // 6
+        self.backbone = nn.ModuleDict({"stem": nn.Conv2d(3, 16, 3, 1, 1, bias=False)})
+        for i in (1, 2, 3):
+            inputs = [widths[i - 1], *[widths[i]] * (blocks - 1)]
+            strides = [1 if i == 1 else 2, *[1] * (blocks - 1)]
+            made = [WideBlock(x, widths[i], s) for x, s in zip(inputs, strides, strict=True)]
+            self.backbone[f"layer{i}"] = nn.Sequential(*made)
+        self.backbone["bn"] = nn.BatchNorm2d(widths[-1])
+        self.head = nn.ModuleDict({"classifier": nn.Conv2d(widths[-1], num_classes, 1)})
+
+    def forward(self, image):
+        """float `[B,H,W,3]` in [0,255] -> logits `[B,C]`."""
+        mean, std = image.new_tensor([[125.3, 123.0, 113.9], [63.0, 62.1, 66.7]])
+        x = ((image - mean) / std).permute(0, 3, 1, 2)
+        for name in ("stem", "layer1", "layer2", "layer3"):
+            x = self.backbone[name](x)
+        x = F.avg_pool2d(F.relu(self.backbone["bn"](x)), 8)
+        return self.head["classifier"](x).flatten(1)
+
+
 def run(twin, leaves, image, *, training=False):
     """Logits and auxiliary logits of a twin with these parameters, in the image's dtype."""
     load(twin, leaves)

@@ -331,14 +331,20 @@ class SeparableConv(nn.Module):
         return ConvBNReLU(self.features, self.norm, size=1, name="pointwise")(x)
 
 
-def classify(x: jax.Array, num_classes: int, dropout: float) -> Outputs:
+def classify(x: jax.Array, num_classes: int, dropout: float, std: float = 0.01) -> Outputs:
     """Ends a head, inside its `__call__`: dropout, then the 1x1 convolution `classifier`.
+
+    Args:
+      x: `[B,h,w,D]`.
+      num_classes: C.
+      dropout: probability that a channel is dropped.
+      std: standard deviation of the initial kernel.
 
     Returns:
       Logits `[B,h,w,C]` and the features that were multiplied, both at least float32.
     """
     features = Dropout(dropout)(x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    conv = Conv(num_classes, 1, use_bias=True, std=0.01, name="classifier")
+    conv = Conv(num_classes, 1, use_bias=True, std=std, name="classifier")
     return Outputs(conv(features), features)
 
 

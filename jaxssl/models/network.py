@@ -22,9 +22,12 @@ PREPROCESSING: Mapping[str, tuple[Color, Color]] = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "caffe": ((122.675, 116.669, 104.008), (1.0, 1.0, 1.0)),
     "inception": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "mnist": ((33.33, 33.33, 33.33), (78.57, 78.57, 78.57)),
 }
-"""Name -> (mean, std) in [0,255], red first: of torchvision's weights, of DeepLab's in Caffe, and
-of ViT's, from -1 to 1, as Inception's were and timm calls them.
+"""Name -> (mean, std) in [0,255], red first: of torchvision's weights; of DeepLab's in Caffe; of
+ViT's, from -1 to 1, as Inception's were and timm calls them; of CIFAR-10's training images, as in
+DMT's code; and of MNIST's.
 
 Caffe's see blue first; `pretrained.load` turns them around.
 """
@@ -36,6 +39,7 @@ class LinenNetwork(abc.ABC):
 
     Attributes:
       num_classes: C, channels of the logits.
+      dropout: probability that a channel of a classifier's input is dropped.
       align_corners: convention of every bilinear resizing.
       batch_norm_momentum: share of the batch in new running statistics, as in PyTorch.
       dtype: of activations: "float32", "bfloat16" or "float64". Parameters, statistics and logits
@@ -46,6 +50,7 @@ class LinenNetwork(abc.ABC):
     """
 
     num_classes: int
+    dropout: float = 0.0
     align_corners: bool = False
     batch_norm_momentum: float = 0.1
     dtype: str = "float32"
@@ -53,6 +58,7 @@ class LinenNetwork(abc.ABC):
     preprocessing: str = "imagenet"
 
     def __post_init__(self) -> None:
+        check_rate("dropout", self.dropout)
         check_choice("preprocessing", self.preprocessing, PREPROCESSING)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
         if self.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
@@ -91,11 +97,19 @@ class LinenNetwork(abc.ABC):
         """Runs the network as `contracts.Network.apply` says."""
         outputs, updated = self.module(batch_stats=batch_stats).apply(
             {"params": params, "batch_stats": stats},
-            self._normalized(image, valid),
+            *self.inputs(image, valid),
             rngs=None if key is None else {"dropout": key},
             mutable=["batch_stats"] if batch_stats else [],
         )
         return outputs, updated.get("batch_stats", stats)
+
+    def inputs(self, image: jax.Array, valid: jax.Array | None) -> tuple[Any, ...]:
+        """What `module` is called with: the normalized image, mean color where not `valid`."""
+        mean, std = (jnp.asarray(value, self.param_dtype) for value in (self.mean, self.std))
+        x = (image.astype(self.param_dtype) - mean) / std
+        if valid is not None:
+            x = jnp.where(valid[..., None], x, 0)
+        return (x.astype(self.dtype),)
 
     def classifier(self, params: Params) -> tuple[jax.Array, jax.Array]:
         """The last 1x1 convolution, as kernel `[D,C]` and bias `[C]`; UserError without one."""
@@ -126,13 +140,6 @@ class LinenNetwork(abc.ABC):
     def param_dtype(self) -> jnp.dtype:
         """Of parameters, statistics and logits."""
         return jnp.promote_types(self.dtype, jnp.float32)
-
-    def _normalized(self, image: jax.Array, valid: jax.Array | None) -> jax.Array:
-        mean, std = (jnp.asarray(value, self.param_dtype) for value in (self.mean, self.std))
-        x = (image.astype(self.param_dtype) - mean) / std
-        if valid is not None:
-            x = jnp.where(valid[..., None], x, 0)
-        return x.astype(self.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -194,3 +201,8 @@ def check(field: str, value: object, good: bool, wanted: str) -> None:
 def check_choice(field: str, value: object, choices: Collection[object]) -> None:
     """Refuses the value of a config's field that is not among `choices`."""
     check(field, value, value in choices, f"one of {', '.join(map(repr, choices))}")
+
+
+def check_rate(field: str, value: float) -> None:
+    """Refuses the value of a config's field that is no probability of dropping something."""
+    check(field, value, 0 <= value < 1, "in [0, 1)")

@@ -113,12 +113,12 @@ def load(
     loaded, lines = dict(networks), []
     groups: dict[tuple[str, str, bool], list[str]] = {}
     for student, model in models.items():
-        if name := model["pretrained"]:
+        if name := model.get("pretrained"):
             bgr = model.get("preprocessing") == "caffe"
             groups.setdefault((model["backbone"], name, bgr), []).append(student)
     for (backbone, name, bgr), students in groups.items():
         weights, report = open_weights(backbone, name, bgr=bgr), Report((), (), ())
-        sharing = [student for student, model in models.items() if model["pretrained"] == name]
+        sharing = [student for student, model in models.items() if model.get("pretrained") == name]
         for student in students:
             loaded[student], report = start(networks[student], weights, models[student], sharing)
         lines.append(f"{backbone} of {', '.join(students)} starts from {name}: {report}")

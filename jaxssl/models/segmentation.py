@@ -29,8 +29,8 @@ class SegmentationNetwork(network.LinenNetwork):
         batch's statistics.
       embedding: E, channels of what a representation head gives out, beside the classifier, for a
         method that compares pixels; 0: there is none.
-      dropout: probability that a channel of a classifier's input is dropped.
-      decoder_dropout: the same after the other 3x3 convolutions of the head.
+      decoder_dropout: probability that a channel is dropped after the other 3x3 convolutions of
+        the head.
       stochastic_depth: probability that a residual branch is kept.
       stochastic_depth_schedule: "constant", or "linear" in depth.
       remat: trades time for memory in the backbone.
@@ -40,7 +40,6 @@ class SegmentationNetwork(network.LinenNetwork):
     pretrained: str = ""
     auxiliary: bool = False
     embedding: int = 0
-    dropout: float = 0.0
     decoder_dropout: float = 0.0
     stochastic_depth: float = 1.0
     stochastic_depth_schedule: str = "constant"
@@ -51,9 +50,7 @@ class SegmentationNetwork(network.LinenNetwork):
         network.check_choice("backbone", self.backbone, self.backbones())
         pretrained.check_name(self.backbone, self.pretrained)
         network.check("embedding", self.embedding, self.embedding >= 0, "0 or more channels")
-        for field in ("dropout", "decoder_dropout"):
-            rate = getattr(self, field)
-            network.check(field, rate, 0 <= rate < 1, "in [0, 1)")
+        network.check_rate("decoder_dropout", self.decoder_dropout)
         schedule, survival = self.stochastic_depth_schedule, self.stochastic_depth
         network.check_choice("stochastic_depth_schedule", schedule, ("constant", "linear"))
         network.check("stochastic_depth", survival, 0 < survival <= 1, "in (0, 1]")
