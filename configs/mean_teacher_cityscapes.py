@@ -15,7 +15,8 @@ Published (mIoU on val; MKD's Table 2 at a single scale, U2PL's Table 3 by slidi
   r101       69.03   72.06   74.20   78.15   U2PL's
 
 Crop, batch and schedule are those of mkd_cityscapes.py, so that methods compare; the authors of
-the figures had others.
+the figures had others. The weight is that of CutMix-Seg: with the method's default, the paper's for
+CIFAR-10, the loss on the labels rose on the street scenes.
 
 The teacher normalizes with the batch, as in the authors' PyTorch code; with running statistics
 MKD's taught worse on the street scenes (benchmarks/results/streets_tuning.md).
