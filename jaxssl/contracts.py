@@ -385,6 +385,17 @@ class Plan:
     scale: tuple[float, float] = (1.0, 1.0)
     seed: int = 0
 
+    def streams(
+        self, labels: Labeling | None = None, *, augment: Mapping[str, Any] | None = None
+    ) -> tuple[Stream, Stream]:
+        """Labeled images, and unlabeled ones with such labels, in the plan's batches."""
+        labeled, unlabeled = self.batch["labeled"], self.batch["unlabeled"]
+        augment = augment or {}
+        return (
+            Stream("labeled", labeled, augment=augment),
+            Stream("unlabeled", unlabeled, labels=labels, augment=augment),
+        )
+
     def main_steps(self, stream: str) -> int:
         """Updates of the main phase, an epoch being one pass over `stream`."""
         if self.steps is not None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxssl.contracts import IGNORE_LABEL
+from jaxssl.mixing import Mixup
 from jaxssl.quantile import kth_smallest
 
 
@@ -34,6 +35,24 @@ def cross_entropy(
     if weights is not None:
         terms = weights * terms
     return _mean(terms, valid)
+
+
+def mixup_cross_entropy(
+    logits: jax.Array, labels: jax.Array, mixed: Mixup, *, weights: jax.Array | None = None
+) -> jax.Array:
+    """Mean of lambda CE(own label) + (1 - lambda) CE(partner's label): the cross entropy with
+    targets that are mixed as the images were.
+
+    Args:
+      logits: float `[B,...,C]`, of mixed images.
+      labels: integer `[B,...]`, of the images before.
+      mixed: how.
+      weights: `[B,...]`, as for `cross_entropy`; of the pairs.
+    """
+    own, others = (
+        cross_entropy(logits, target, weights=weights) for target in (labels, labels[mixed.partner])
+    )
+    return mixed.share * own + (1 - mixed.share) * others
 
 
 def ohem_cross_entropy(

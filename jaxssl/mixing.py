@@ -1,6 +1,10 @@
-"""CutMix: each image of a batch takes parts of the next one. CutOut: it loses a part."""
+"""CutMix: each image of a batch takes parts of the next one. CutOut: it loses a part. mixup: all of
+it becomes a mean with another one.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +93,38 @@ def mix(mask: jax.Array, x: jax.Array, *, partner: jax.Array | None = None) -> j
     """
     partner = jnp.roll(x, -1, axis=0) if partner is None else partner
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, partner)
+
+
+class Mixup(NamedTuple):
+    """How images of a batch are paired, and how much each keeps of its own.
+
+    Attributes:
+      share: lambda, a scalar in [.5,1].
+      partner: int32 `[B]`, a permutation of the batch.
+    """
+
+    share: jax.Array
+    partner: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The mean of each `x` and its partner's, float32 `[B,...]`."""
+        return self.share * x + (1 - self.share) * x[self.partner]
+
+
+def mixup(key: jax.Array, batch: int, *, alpha: float = 0.75) -> Mixup:
+    """Draw how to mix a batch (Zhang et al., arXiv:1710.09412): one lambda, as DMT's released code.
+
+    lambda = max(l, 1 - l), l ~ Beta(alpha, alpha), so that an image is rather itself than its
+    partner (MixMatch).
+
+    Args:
+      key: randomness.
+      batch: B.
+      alpha: from 0, where every image stays itself, to infinity, where all are halves.
+    """
+    share_key, partner_key = jax.random.split(key)
+    share = jax.random.beta(share_key, alpha, alpha) if alpha else jnp.ones(())
+    return Mixup(jnp.maximum(share, 1 - share), jax.random.permutation(partner_key, batch))
 
 
 def resize_nearest(mask: jax.Array, size: tuple[int, ...]) -> jax.Array:

@@ -1,16 +1,14 @@
-"""Five methods written against the contract, and DMT for whole images: documentation that runs.
+"""The five methods as the engine sees them, and DMT for images with one label each.
 
-The methods are the library's own, but for the last: a class is a method as the engine sees it. Its
-phases are complete, and its loss forwards the networks that the paper forwards, on the streams and
-in the BatchNorm mode it does. Where an equation is not the point, the library's cross entropy
-stands for it.
+Their phases have the updates of the papers and refer to what exists; a loss forwards the networks
+that its paper forwards, on the streams and in the BatchNorm mode it does, and a step keeps the
+state's shapes.
 """
 
 import collections
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -19,20 +17,9 @@ import numpy as np
 import pytest
 from conftest import stream_arrays
 
-from jaxssl import contracts, losses, optim
-from jaxssl.contracts import (
-    Aux,
-    Labeling,
-    Outputs,
-    Phase,
-    Plan,
-    Stream,
-    Variables,
-    Weights,
-)
-from jaxssl.inference import WHOLE
-from jaxssl.methods import dars, dmt, mkd, rml, supervised, u2pl
-from jaxssl.selection import TopShare
+from jaxssl import contracts, optim
+from jaxssl.contracts import Outputs, Plan, Variables
+from jaxssl.methods import dars, dmt, dmt_images, mkd, rml, u2pl
 from jaxssl.state import TEACHER, create
 from jaxssl.step import Clock, make_train_step
 
@@ -80,98 +67,6 @@ class Linear:
         return jax.image.resize(logits, shape, "bilinear")
 
 
-def streams(plan, *, labels=None):
-    """Labeled and unlabeled images in the plan's batch."""
-    return (
-        Stream("labeled", plan.batch["labeled"]),
-        Stream("unlabeled", plan.batch["unlabeled"], labels=labels),
-    )
-
-
-def joined(batch, *names):
-    """Labeled, then unlabeled arrays, for a network that sees both in one forward pass."""
-    return tuple(jnp.concatenate([batch["labeled"][n], batch["unlabeled"][n]]) for n in names)
-
-
-def weigh(logits, batch, gamma):
-    """1 on labeled, DMT's dynamic weights on unlabeled positions."""
-    pseudo, n = batch["unlabeled"], len(batch["labeled"]["image"])
-    p = jax.lax.stop_gradient(jax.nn.softmax(logits[n:]))
-    dynamic = dmt.dynamic_weight(p, pseudo["label"], pseudo["confidence"], gamma, gamma)
-    return jnp.concatenate([jnp.ones((n, *dynamic.shape[1:])), dynamic])
-
-
-@dataclasses.dataclass(frozen=True)
-class DMTImages(contracts.Method):
-    """Demands labels per image, a student that begins anew in each phase while its teacher is what
-    is evaluated and labels, sets that grow from round to round, and mixup of images and weights.
-    """
-
-    ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
-    supervised_epochs: float = 300.0
-
-    @property
-    def students(self):
-        return ("a",)
-
-    @property
-    def teachers(self):
-        return ("a",)
-
-    @property
-    def headline(self):
-        return "teacher_a"
-
-    @property
-    def labeler(self):
-        return "teacher_a"
-
-    def phases(self, plan):
-        whole, images = sum(plan.batch.values()), plan.sizes["labeled"]
-        epochs = self.supervised_epochs * math.sqrt(1 + plan.sizes["unlabeled"] / images)
-        steps = round(epochs * images / whole)
-        phases = [Phase("supervised", steps, self.students, (Stream("labeled", whole),))]
-        for number, ratio in enumerate(self.ratios, 1):
-            labeling = Labeling(
-                Weights(phases[-1].name, "teacher_a"), TopShare(ratio, per_class=False), WHOLE
-            )
-            phase = Phase(
-                f"round_{number}",
-                round(ratio * plan.main_steps("unlabeled")),
-                self.students,
-                streams(plan, labels=labeling),
-                reinitialize=self.students,
-            )
-            phases.append(phase)
-        return tuple(phases)
-
-    def ema_decay(self, phase, k):
-        # Zero at first, so that nothing remains of the teacher of the round before.
-        return jnp.minimum(1 - 1 / (k + 1), 0.999)
-
-    def loss(self, nets, params, state, frozen, batch, key, *, phase, progress):
-        if "unlabeled" not in batch:
-            return supervised.warmup_loss(self, nets, params, state, batch["labeled"], key)
-        share_key, order_key, dropout_key = jax.random.split(key, 3)
-        image, labels = joined(batch, "image", "label")
-        share = jax.random.beta(share_key, 0.75, 0.75)
-        share = jnp.maximum(share, 1 - share)
-        order = jax.random.permutation(order_key, labels.shape[0])
-
-        def mixup(x):
-            return share * x + (1 - share) * x[order]
-
-        see = functools.partial(nets["a"].apply, params["a"], batch_stats=True)
-        plain, stats = see(state.stats["a"], image)
-        gamma = 4 * jnp.exp(-5 * (1 - progress) ** 2)
-        weights = mixup(weigh(plain.logits, batch, gamma))
-        outputs, stats = see(stats, mixup(image.astype(jnp.float32)), key=dropout_key)
-        first = losses.cross_entropy(outputs.logits, labels, weights=weights)
-        second = losses.cross_entropy(outputs.logits, labels[order], weights=weights)
-        loss = share * first + (1 - share) * second
-        return loss, Aux({"a": stats}, state.teacher_stats, state.extra, {})
-
-
 DMT = dmt.Method(oracle_epochs=60, supervised_rate=4e-3)
 CITYSCAPES = {"sizes": {"labeled": 186, "unlabeled": 2789, "val": 500}, "num_classes": 19}
 CIFAR = {"sizes": {"labeled": 4000, "unlabeled": 46_000, "val": 200}, "num_classes": 10}
@@ -214,7 +109,7 @@ STEPS = {
     # 300 * sqrt(50000 / 4000) = 1060.66 epochs of 4000 images, 512 at a time: 8286.4.
     # 750 epochs of a fifth, two fifths, ... of 46000 images, 448 at a time: 77008.9 for all.
     "dmt_images": (
-        DMTImages(),
+        dmt_images.Method(),
         Plan(**CIFAR, batch={"labeled": 64, "unlabeled": 448}, epochs=750),
         {"supervised": 8286}
         | dict(zip(ROUNDS, (15_402, 30_804, 46_205, 61_607, 77_009), strict=True)),
@@ -397,7 +292,7 @@ SMALL = {
     "u2pl": Small(u2pl.Method(keys=4, capacity=8, capacity_0=8)),
     "rml": Small(rml.Method(), widths=(4, 6)),
     "dmt": Small(DMT),
-    "dmt_images": Small(DMTImages(), task="classification"),
+    "dmt_images": Small(dmt_images.Method(), task="classification"),
     "dars": Small(dars.Method()),
 }
 PHASES = [(name, i) for name, small in SMALL.items() for i in range(len(small.phases))]

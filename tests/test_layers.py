@@ -16,7 +16,7 @@ ALLOWED = {
     "data": {"contracts", "pickles", "selection"},
     "models": {"contracts", "pickles"},
     "quantile": {"contracts"},
-    "losses": {"contracts", "quantile"},
+    "losses": {"contracts", "mixing", "quantile"},
     "memory_bank": set(),
     "sampling": set(),
     "metrics": {"contracts"},

@@ -6,7 +6,14 @@ import pytest
 from jax import numpy as jnp
 from sklearn.metrics import log_loss
 
-from jaxssl.losses import cross_entropy, kl_divergence, ohem_cross_entropy, squared_distance
+from jaxssl.losses import (
+    cross_entropy,
+    kl_divergence,
+    mixup_cross_entropy,
+    ohem_cross_entropy,
+    squared_distance,
+)
+from jaxssl.mixing import Mixup
 
 SHAPES = [(6,), (2, 5, 7)]
 loss_and_gradient = jax.jit(jax.value_and_grad(cross_entropy))
@@ -67,6 +74,21 @@ def test_is_torchs_cross_entropy(shape):
     loss, gradient = loss_and_gradient(logits, labels)
     np.testing.assert_allclose(loss, expected.detach(), rtol=1e-5)
     np.testing.assert_allclose(gradient, inputs.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mixup_is_cross_entropy_with_soft_targets(shape, weighted):
+    logits, labels, weights = example(shape, ignored=0.0)
+    partner = np.random.default_rng(1).permutation(shape[0])
+    hard = np.eye(5)[labels]
+    targets = 0.7 * hard + 0.3 * hard[partner]
+    terms = -(targets * np.log(softmax(logits))).sum(-1)
+    loss = mixup_cross_entropy(
+        logits, labels, Mixup(np.float32(0.7), partner), weights=weights if weighted else None
+    )
+    expected = (terms * weights if weighted else terms).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,7 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from jaxssl import mixing
 from jaxssl.sharding import batched, make_mesh
@@ -172,6 +172,41 @@ def test_mix_across_devices():
     np.testing.assert_array_equal(
         jax.jit(mixing.mix)(*split), np.where(mask[..., None], x, x[[1, 2, 3, 4, 5, 6, 7, 0]])
     )
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.75, 4.0])
+def test_mixup_draws_the_greater_part(alpha):
+    keys = jax.random.split(jax.random.key(0), 4000)
+    shares = jax.vmap(lambda key: mixing.mixup(key, 3, alpha=alpha).share)(keys)
+    drawn = np.random.default_rng(0).beta(alpha, alpha, 4000)
+    assert stats.ks_2samp(np.asarray(shares), np.maximum(drawn, 1 - drawn)).pvalue > 1e-3
+
+
+def test_mixup_pairs_at_random():
+    found = [mixing.mixup(jax.random.key(seed), 5).partner for seed in range(50)]
+    assert all(sorted(partner.tolist()) == [0, 1, 2, 3, 4] for partner in found)
+    assert len({tuple(partner.tolist()) for partner in found}) > 30
+
+
+@pytest.mark.parametrize(("depth", "dtype"), [((), np.float32), ((4, 5, 3), np.uint8)])
+def test_mixup_is_the_mean_of_an_image_and_its_partner(depth, dtype):
+    x = np.random.default_rng(6).integers(0, 256, (6, *depth)).astype(dtype)
+    mixed = mixing.mixup(jax.random.key(6), 6)
+    share, partner = float(mixed.share), np.asarray(mixed.partner)
+    assert mixed(x).dtype == np.float32
+    expected = [share * x[i] + (1 - share) * x[partner[i]] for i in range(6)]
+    np.testing.assert_allclose(mixed(x), expected, rtol=1e-6)
+
+
+def test_mixup_without_alpha_leaves_everything():
+    x = np.random.default_rng(7).random((6, 4), np.float32)
+    np.testing.assert_array_equal(mixing.mixup(jax.random.key(7), 6, alpha=0.0)(x), x)
+
+
+def test_mixup_across_devices():
+    x, key = np.random.default_rng(8).random((8, 4), np.float32), jax.random.key(8)
+    mix = jax.jit(lambda x: mixing.mixup(key, 8)(x))
+    np.testing.assert_allclose(mix(jax.device_put(x, batched(make_mesh()))), mix(x), rtol=1e-6)
 
 
 def test_resize_nearest_by_hand():

@@ -5,6 +5,7 @@ import pytest
 from conftest import (
     OPTIMIZER,
     Linear,
+    Pooled,
     cross_entropy,
     forward,
     make_state,
@@ -15,7 +16,7 @@ from conftest import (
     shapes,
 )
 
-from jaxssl import methods, models, optim, views
+from jaxssl import methods, mixing, models, optim, views
 from jaxssl.contracts import Outputs, UserError
 from jaxssl.inference import make_predict
 from jaxssl.methods import mkd, supervised
@@ -64,6 +65,34 @@ def test_classification_labels_meet_logits_as_they_are():
         Linear(), Outputs(jnp.float32(logits)), jnp.uint8(labels), auxiliary_weight=1.0
     )
     np.testing.assert_allclose(loss, cross_entropy(logits, labels), rtol=1e-6)
+
+
+def test_mixup_learns_mixed_labels_from_mixed_images(monkeypatch):
+    mixed, rng = mixing.Mixup(np.float32(0.7), np.array([2, 0, 3, 1])), np.random.default_rng(0)
+    monkeypatch.setattr(mixing, "mixup", lambda key, batch, *, alpha: mixed if alpha == 2 else None)
+    image, label = random_batch()["labeled"]["image"], rng.integers(0, 4, 4, np.uint8)
+    batch = {"labeled": {"image": image, "label": label}}
+    state, loss, aux = run(supervised.Method(mixup=2.0), {"a": Pooled()}, batch)
+    between = 0.7 * image + 0.3 * image[mixed.partner]
+    logits, _, stats = forward(state.network("a"), between, np.ones(image.shape[:3], bool))
+    logits = logits.mean((1, 2))
+    own, others = (cross_entropy(logits, labels) for labels in (label, label[mixed.partner]))
+    np.testing.assert_allclose(loss, 0.7 * own + 0.3 * others, rtol=1e-5)
+    np.testing.assert_allclose(aux.stats["a"]["mean"], stats["mean"], rtol=1e-4)
+
+
+def test_mixup_is_refused_for_masks():
+    with pytest.raises(UserError, match=r"a label for each pixel.*method\.mixup=0"):
+        run(supervised.Method(mixup=0.75), {"a": Linear()}, random_batch())
+
+
+def test_an_average_is_evaluated_where_there_is_one():
+    method, alone = supervised.Method(ema_decay_max=0.9), supervised.Method()
+    assert (alone.teachers, alone.headline) == ((), "a")
+    assert (method.teachers, method.headline) == (("a",), "teacher_a")
+    (phase,) = method.phases(plan())
+    decays = [float(method.ema_decay(phase, jnp.int32(k))) for k in (0, 1, 3, 1000)]
+    assert decays == pytest.approx([0, 0.5, 0.75, 0.9])
 
 
 @pytest.mark.parametrize("name", ["cps", "dml", "mkd"])

@@ -179,10 +179,7 @@ class Method(contracts.Method):
             f"round_{number}",
             steps,
             self.students,
-            (
-                Stream("labeled", plan.batch["labeled"], augment=augment),
-                Stream("unlabeled", plan.batch["unlabeled"], labels=labeling, augment=augment),
-            ),
+            plan.streams(labeling, augment=augment),
             optimizer="continue" if stretched else "fresh",
             schedule=(number * steps, (number + 1) * steps) if stretched else None,
         )

@@ -41,6 +41,7 @@ Labels = Literal["mutual", "own", "online"]
 Weight = Literal["dynamic", "naive", "flip", "none"]
 Start = Literal["weights", "sampling"]
 LabelAt = Literal["crop", "full"]
+Gamma = float | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,18 @@ class Method(contracts.Method):
 
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
         """A supervised phase for each network, then for each round and network one more."""
-        newest = {name: self._supervised(plan, name) for name in self.students}
+        newest = {
+            name: supervised_phase(
+                plan,
+                f"supervised_{name}",
+                name,
+                oracle_epochs=self.oracle_epochs,
+                learning_rate=self.supervised_rate,
+                part=self._part(name),
+                headline=name,
+            )
+            for name in self.students
+        }
         phases = [*newest.values()]
         if self.labels == "online":
             return (*phases, self._online(plan, newest["a"]))
@@ -185,27 +197,15 @@ class Method(contracts.Method):
         metrics = {
             "loss_labeled": (loss_labeled, one),
             "loss_pseudo": (loss_pseudo, one),
-            **_measured(batch["unlabeled"], taught),
+            **measured(batch["unlabeled"], taught),
         }
         return loss_labeled + loss_pseudo, Aux({name: stats}, {}, state.extra, metrics)
 
-    def _supervised(self, plan: Plan, name: str) -> Phase:
-        """On as many images an update as a round has in all, or what there is of them."""
-        part = (0.0, 1.0)
-        if self.start == "sampling" and len(self.students) == 2:
-            part = difference_maximized_parts(self.alpha)[self.students.index(name)]
-        labeled, unlabeled = plan.sizes["labeled"], plan.sizes["unlabeled"]
-        images = (part[1] - part[0]) * labeled
-        batch = plan.joint_batch(round(images))
-        epochs = supervised_epochs(self.oracle_epochs, labeled, labeled + unlabeled)
-        return Phase(
-            f"supervised_{name}",
-            plan.warmup or max(1, round(epochs * images / batch)),
-            (name,),
-            (Stream("labeled", batch, part=part),),
-            learning_rate=self.supervised_rate,
-            headline=name,
-        )
+    def _part(self, name: str) -> tuple[float, float]:
+        """The labeled images that a network learns from before the rounds."""
+        if self.start == "weights" or len(self.students) == 1:
+            return (0.0, 1.0)
+        return difference_maximized_parts(self.alpha)[self.students.index(name)]
 
     def _round(
         self, plan: Plan, number: int, ratio: float, name: str, newest: Mapping[str, Phase]
@@ -219,7 +219,7 @@ class Method(contracts.Method):
             f"round_{number}_{name}",
             plan.main_steps("unlabeled"),
             (name,),
-            _streams(plan, labeling),
+            plan.streams(labeling),
             start={name: _best(newest[name])},
             headline=name,
         )
@@ -230,7 +230,7 @@ class Method(contracts.Method):
             "online_a",
             len(self.ratios) * plan.main_steps("unlabeled"),
             ("a",),
-            _streams(plan, None),
+            plan.streams(),
             start={"a": _best(before)},
             headline="a",
         )
@@ -257,17 +257,7 @@ class Method(contracts.Method):
             confidence = p.max(-1)
         else:
             label, confidence = images["label"], images["confidence"]
-        cases = compare(p, label, confidence)
-        match self.weight:
-            case "dynamic":
-                weight = dynamic_weight(p, label, confidence, self.gamma_1, self.gamma_2)
-            case "flip":
-                label, weight = flip(p, label, confidence, self.gamma_1, self.gamma_2)
-            case "naive":
-                weight = probability(p, label) ** self.gamma_1
-            case "none":
-                weight = jnp.ones_like(confidence)
-        return Taught(label, weight, cases)
+        return teach(p, label, confidence, self.gamma_1, self.gamma_2, weight=self.weight)
 
 
 class Cases(NamedTuple):
@@ -325,8 +315,40 @@ def probability(p: jax.Array, label: jax.Array) -> jax.Array:
     return jnp.where(known, at_label, 0.0)
 
 
+def teach(
+    p: jax.Array,
+    label: jax.Array,
+    confidence: jax.Array,
+    gamma_1: Gamma,
+    gamma_2: Gamma,
+    *,
+    weight: Weight = "dynamic",
+) -> Taught:
+    """What pseudo-labels teach a network.
+
+    Args:
+      p: as for `dynamic_weight`, like the others.
+      label: likewise.
+      confidence: likewise.
+      gamma_1: likewise.
+      gamma_2: likewise.
+      weight: as `Method.weight`.
+    """
+    cases = compare(p, label, confidence)
+    match weight:
+        case "dynamic":
+            found = dynamic_weight(p, label, confidence, gamma_1, gamma_2)
+        case "flip":
+            label, found = flip(p, label, confidence, gamma_1, gamma_2)
+        case "naive":
+            found = probability(p, label) ** gamma_1
+        case "none":
+            found = jnp.ones_like(confidence)
+    return Taught(label, found, cases)
+
+
 def dynamic_weight(
-    p: jax.Array, label: jax.Array, confidence: jax.Array, gamma_1: float, gamma_2: float
+    p: jax.Array, label: jax.Array, confidence: jax.Array, gamma_1: Gamma, gamma_2: Gamma
 ) -> jax.Array:
     """Equation 6, float `[...]` in [0,1]; 0 where there is no pseudo-label.
 
@@ -344,7 +366,7 @@ def dynamic_weight(
 
 
 def flip(
-    p: jax.Array, label: jax.Array, confidence: jax.Array, gamma_1: float, gamma_2: float
+    p: jax.Array, label: jax.Array, confidence: jax.Array, gamma_1: Gamma, gamma_2: Gamma
 ) -> tuple[jax.Array, jax.Array]:
     """DMT-Flip (section 5.4): labels and weights where the network's own prediction replaces a
     pseudo-label that it is surer than, with the weight (1 - confidence)^gamma_2.
@@ -385,16 +407,62 @@ def supervised_epochs(oracle_epochs: float, labeled: int, images: int) -> float:
     return oracle_epochs * math.sqrt(images / labeled)
 
 
+def supervised_phase(
+    plan: Plan,
+    name: str,
+    student: str,
+    *,
+    oracle_epochs: float,
+    learning_rate: float | None = None,
+    part: tuple[float, float] = (0.0, 1.0),
+    headline: str | None = None,
+) -> Phase:
+    """Training on labels alone before the rounds, on as many images an update as a round has in
+    all, or what there is of them.
+
+    Args:
+      plan: of the run; its `warmup`, if there is one, is the number of updates.
+      name: of the phase.
+      student: that learns.
+      oracle_epochs: as for `supervised_epochs`, whose passes it takes without a warm-up.
+      learning_rate: as for `Phase`.
+      part: of the labeled images, as for `Stream`.
+      headline: as for `Phase`.
+    """
+    labeled, unlabeled = plan.sizes["labeled"], plan.sizes["unlabeled"]
+    images = (part[1] - part[0]) * labeled
+    batch = plan.joint_batch(round(images))
+    epochs = supervised_epochs(oracle_epochs, labeled, labeled + unlabeled)
+    return Phase(
+        name,
+        plan.warmup or max(1, round(epochs * images / batch)),
+        (student,),
+        (Stream("labeled", batch, part=part),),
+        learning_rate=learning_rate,
+        headline=headline,
+    )
+
+
+def measured(images: Mapping[str, jax.Array], taught: Taught) -> Metrics:
+    """How much is labeled, and of that, the mean weight and the share of each case."""
+    label, weight, cases = taught
+    known = label != IGNORE_LABEL
+    labeled = _count(known)
+    shares = {
+        "agreement": cases.agreement,
+        "negative_disagreement": cases.negative,
+        "positive_disagreement": cases.positive,
+    }
+    return {
+        "kept": (labeled, _count(_valid(images))),
+        "weight": (jnp.where(known, weight, 0).sum(), labeled),
+        **{name: (_count(case), labeled) for name, case in shares.items()},
+    }
+
+
 def _best(phase: Phase) -> Weights:
     (name,) = phase.train
     return Weights(phase.name, name, "best")
-
-
-def _streams(plan: Plan, labels: Labeling | None) -> tuple[Stream, ...]:
-    return (
-        Stream("labeled", plan.batch["labeled"]),
-        Stream("unlabeled", plan.batch["unlabeled"], labels=labels),
-    )
 
 
 def _cross_entropy(
@@ -411,23 +479,6 @@ def _cross_entropy(
 def _valid(images: Mapping[str, jax.Array]) -> jax.Array:
     """Bool `[B,H,W]`, or all True `[B]`, which positions are no padding."""
     return images.get("valid", jnp.ones(images["image"].shape[0], bool))
-
-
-def _measured(images: Mapping[str, jax.Array], taught: Taught) -> Metrics:
-    """How much is labeled, and of that, the mean weight and the share of each case."""
-    label, weight, cases = taught
-    known = label != IGNORE_LABEL
-    labeled = _count(known)
-    shares = {
-        "agreement": cases.agreement,
-        "negative_disagreement": cases.negative,
-        "positive_disagreement": cases.positive,
-    }
-    return {
-        "kept": (labeled, _count(_valid(images))),
-        "weight": (jnp.where(known, weight, 0).sum(), labeled),
-        **{name: (_count(case), labeled) for name, case in shares.items()},
-    }
 
 
 def _count(mask: jax.Array) -> jax.Array:

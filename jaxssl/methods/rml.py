@@ -29,7 +29,6 @@ from jaxssl.contracts import (
     Phase,
     Plan,
     Stats,
-    Stream,
     UserError,
     Variables,
     Weights,
@@ -214,10 +213,7 @@ class Method(contracts.Method):
             f"{STAGE}{number}",
             plan.main_steps("unlabeled"),
             self.students,
-            (
-                Stream("labeled", plan.batch["labeled"]),
-                Stream("unlabeled", plan.batch["unlabeled"], labels=None),
-            ),
+            plan.streams(),
             frozen=labelers if self.rectification and self.p0 == "stage" else {},
             sweeps=tuple(Prototypes(name, labelers, self.prototype_scale) for name in sets),
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxssl import contracts, losses, views
+from jaxssl import contracts, losses, mixing, views
 from jaxssl.contracts import (
     Aux,
     Batch,
@@ -20,9 +21,10 @@ from jaxssl.contracts import (
     Plan,
     Stats,
     Stream,
+    UserError,
     Variables,
 )
-from jaxssl.state import TrainState
+from jaxssl.state import TEACHER, TrainState
 
 WARMUP = "warmup"
 
@@ -37,16 +39,35 @@ class Method(contracts.Method):
     Attributes:
       strong: trains on MKD's strong view of the images, one photometric operation each, not on the
         images as they are.
+      mixup: alpha of mixup, 0 for none; see `mixup_loss`.
+      ema_decay_max: share of its old value that the average of the network keeps, reached within
+        the first updates, and then that average is evaluated; 0 for none.
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
     strong: bool = False
+    mixup: float = 0.0
+    ema_decay_max: float = 0.0
     auxiliary_weight: float = 0.4
 
     @property
     def students(self) -> tuple[str, ...]:
         """The one network."""
         return ("a",)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Its average, which teaches nothing."""
+        return self.students if self.ema_decay_max else ()
+
+    @property
+    def headline(self) -> str:
+        """The average, if there is one."""
+        return TEACHER + "a" if self.ema_decay_max else "a"
+
+    def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
+        """See `ema_decay`."""
+        return ema_decay(phase, k, self.ema_decay_max)
 
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
         """One phase; a warm-up only makes it longer, so that budgets compare."""
@@ -74,9 +95,51 @@ class Method(contracts.Method):
                 **labeled,
                 "image": views.strong(view_key, labeled["image"], valid=labeled.get("valid")),
             }
-        return warmup_loss(
-            self, nets, params, state, labeled, key, auxiliary_weight=self.auxiliary_weight
-        )
+        loss = functools.partial(mixup_loss, alpha=self.mixup) if self.mixup else warmup_loss
+        return loss(self, nets, params, state, labeled, key, auxiliary_weight=self.auxiliary_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStudent(contracts.Method):
+    """What methods of one student and its mean teacher have in common: the teacher labels and is
+    reported, and before it starts, there may be a warm-up.
+
+    Attributes:
+      ema_decay_max: share of its old value that the teacher keeps, reached within the first
+        updates.
+      auxiliary_weight: weight of an auxiliary head, where the network has one.
+    """
+
+    ema_decay_max: float = 0.99
+    auxiliary_weight: float = 0.4
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """The one network."""
+        return ("a",)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Its average."""
+        return self.students
+
+    @property
+    def headline(self) -> str:
+        """The teacher."""
+        return TEACHER + "a"
+
+    @property
+    def labeler(self) -> str:
+        """The teacher."""
+        return TEACHER + "a"
+
+    def phases(self, plan: Plan) -> tuple[Phase, ...]:
+        """A warm-up, if the plan has one, and the method."""
+        return warmup_and_main(plan, self.students)
+
+    def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
+        """See the function of that name."""
+        return ema_decay(phase, k, self.ema_decay_max)
 
 
 class Forward(NamedTuple):
@@ -216,14 +279,8 @@ def warmup_and_main(plan: Plan, students: tuple[str, ...]) -> tuple[Phase, ...]:
     """
     steps = plan.main_steps("unlabeled")
     total = plan.warmup + steps
-    warmup = warmup_phase(plan, students)
-    streams = (
-        Stream("labeled", plan.batch["labeled"]),
-        Stream("unlabeled", plan.batch["unlabeled"], labels=None),
-    )
-    main = Phase(
-        "main", steps, students, streams, optimizer="continue", schedule=(plan.warmup, total)
-    )
+    warmup, schedule = warmup_phase(plan, students), (plan.warmup, total)
+    main = Phase("main", steps, students, plan.streams(), optimizer="continue", schedule=schedule)
     return (*(dataclasses.replace(phase, schedule=(0, total)) for phase in warmup), main)
 
 
@@ -246,3 +303,52 @@ def warmup_loss(
     teacher_stats = {name: run.stats[name] for name in method.teachers}
     metrics = {"loss_supervised": (total, jnp.ones(()))}
     return total, Aux(run.stats, teacher_stats, state.extra, metrics)
+
+
+def mixup_loss(
+    method: contracts.Method,
+    nets: Mapping[str, Network],
+    params: Mapping[str, Params],
+    state: TrainState,
+    labeled: Mapping[str, jax.Array],
+    key: jax.Array,
+    *,
+    alpha: float,
+    weights: jax.Array | None = None,
+    auxiliary_weight: float = 0.4,
+) -> tuple[jax.Array, Aux]:
+    """As `warmup_loss`, of images that are mixed, with labels that are mixed alike.
+
+    Args:
+      method: as for `warmup_loss`, like all that is not named here.
+      nets: likewise.
+      params: likewise.
+      state: likewise.
+      labeled: likewise; labels are of whole images.
+      key: likewise.
+      alpha: of `mixing.mixup`.
+      weights: `[B]`, of the images before; they are mixed alike, too.
+      auxiliary_weight: likewise.
+    """
+    if "valid" in labeled:
+        raise UserError(
+            "mixup is for images with one label each; these have a label for each pixel. Choose "
+            "another method, or --config.method.mixup=0 for supervised training."
+        )
+    mixup_key, key = jax.random.split(key)
+    mixed = mixing.mixup(mixup_key, len(labeled["image"]), alpha=alpha)
+    criterion = functools.partial(
+        losses.mixup_cross_entropy,
+        mixed=mixed,
+        weights=None if weights is None else mixed(weights),
+    )
+    return warmup_loss(
+        method,
+        nets,
+        params,
+        state,
+        {**labeled, "image": mixed(labeled["image"])},
+        key,
+        auxiliary_weight=auxiliary_weight,
+        criterion=criterion,
+    )
