@@ -89,6 +89,32 @@ def quality_figure(labelings: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def error_figure(labelings: Sequence[Mapping[str, Any]]) -> Figure:
+    """Lines for how many of the surest pseudo-labels are wrong, one for each labeling that knows:
+    DMT's Figure 1.
+
+    Args:
+      labelings: of `read_labelings`, one at least with `errors`.
+    """
+    figure = _figure(5.5, 3.8)
+    axes = figure.subplots()
+    _quiet(axes)
+    measured = [one for one in labelings if one.get("errors")]
+    for i, one in enumerate(measured):
+        shares, rates = (
+            [np.nan if x is None else 100 * x for x in one["errors"][name]]
+            for name in ("shares", "all")
+        )
+        color = _shade(i, len(measured))
+        axes.plot(shares, rates, "o-", color=color, markersize=5, label=one["phase"])
+    axes.set_xlim(0, 103)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("surest pseudo-labels of all images, %")
+    axes.set_ylabel("wrong, %")
+    figure.legend(loc="outside upper right", ncols=min(len(measured), 4), frameon=False)
+    return figure
+
+
 _INK, _RED, _BLUE, _ORANGE = "#1c1e22", "#b3261e", "#2f5d8a", "#d9913a"
 
 
@@ -96,6 +122,14 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure((min(width, 40), height), layout="constrained")
+
+
+def _shade(i: int, count: int) -> tuple[float, ...]:
+    """The color of line i of some that follow one another, from light to dark."""
+    from matplotlib.colors import to_rgb
+
+    dark, share = np.array(to_rgb(_BLUE)), (i + 1) / count
+    return tuple(1 - (0.35 + 0.65 * share) * (1 - dark))
 
 
 def _quiet(axes: Axes) -> None:

@@ -8,7 +8,6 @@ nothing. Several processes take an image each in turn, and add up what they coun
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from jaxssl import metrics, selection, sweep, train, watch
 from jaxssl.contracts import (
     IGNORE_LABEL,
+    DataInfo,
     Selection,
     Source,
     Stream,
@@ -92,12 +92,46 @@ def counted(store: Store, ids: Iterable[str]) -> np.ndarray:
     """Positions by class and level of confidence over the labels of images, int64 `[C,levels]`."""
     C = store.info.num_classes
     total = np.zeros((C, selection.LEVELS), np.int64)
-    for some in _in_groups(_in_threads(store.read, ids)):
-        labels, levels = (
-            np.concatenate([np.ravel(x) for x in part]) for part in zip(*some, strict=True)
-        )
+    for labels, levels in _in_groups(_in_threads(store.read, ids)):
         total += selection.count(labels, levels, C)
     return total
+
+
+def judged(store: Store, ids: Iterable[str], truth: Source) -> np.ndarray:
+    """Of the labels of images, those whose truth is known and, of these, those that are wrong, by
+    class and level of confidence; int64 `[2,C,levels]`.
+
+    Args:
+      store: holds the labels, before any is dropped.
+      ids: of the images.
+      truth: a source with the ground truth of at least these images.
+    """
+    C, look = store.info.num_classes, _Truth(truth)
+    total = np.zeros((2, C, selection.LEVELS), np.int64)
+
+    def read(image_id: str) -> tuple[np.ndarray, ...]:
+        labels, levels = store.read(image_id)
+        return labels, levels, look(image_id, labels.shape)
+
+    for labels, levels, true in _in_groups(_in_threads(read, ids)):
+        known = true != IGNORE_LABEL
+        for i, some in enumerate((known, known & (labels != true))):
+            total[i] += selection.count(labels[some], levels[some], C)
+    return total
+
+
+def error_rates(counts: np.ndarray, info: DataInfo) -> dict[str, Any]:
+    """`selection.error_rates` of `judged` labels as JSON values: `shares`, and for each of them the
+    rate over `all` classes together, and by class in `classes`; None where nothing is known.
+    """
+    known, wrong = counts
+    together = selection.error_rates(known.sum(0, keepdims=True), wrong.sum(0, keepdims=True))
+    rows = [[_finite(rate) for rate in row] for row in selection.error_rates(known, wrong)]
+    return {
+        "shares": list(selection.SHARES),
+        "all": [_finite(rate) for rate in together[0]],
+        "classes": dict(zip(info.classes, rows, strict=True)),
+    }
 
 
 def selected(
@@ -120,19 +154,14 @@ def selected(
       int64 `[C+1,C+1]`, as `watch.pseudo_label_counts`: rows truth (all unknown where there is
       none), columns kept labels, the last one for those dropped.
     """
-    C = store.info.num_classes
-    place = {} if truth is None else {image_id: i for i, image_id in enumerate(truth.ids)}
+    C, look = store.info.num_classes, _Truth(truth)
 
     def select(image_id: str) -> np.ndarray:
         labels, levels = store.read(image_id)
         kept = selection.select(labels, levels, chosen, image_rng(seed, image_id))
         if not np.array_equal(kept, labels):
             store.write_labels(image_id, kept)
-        known = np.full(kept.shape, IGNORE_LABEL, np.uint8)
-        if truth is not None:
-            # It only measures: what cannot be read is unknown.
-            with contextlib.suppress(UnreadableError):
-                known = np.asarray(truth[place[image_id]].get("label", known))
+        known = look(image_id, kept.shape)
         rows, columns = (np.where(x == IGNORE_LABEL, C, x).astype(np.int64) for x in (known, kept))
         pairs = np.bincount((rows * (C + 1) + columns).ravel(), minlength=(C + 1) ** 2)
         return pairs.reshape(C + 1, C + 1)
@@ -216,7 +245,7 @@ def _stream_and_store(run: Run, index: int) -> tuple[Stream | None, Store]:
 
 def _label(run: Run, index: int, stream: Stream, store: Store) -> None:
     phase, source = run.phases[index], run.sources[stream.name]
-    labeling, mine = phase.labeling, sweep.share(source)
+    labeling, mine, truth = phase.labeling, sweep.share(source), run.sources.get("truth")
     assert labeling is not None
     _all_here(f"{phase.name}: labeling")
     found = store.read_selection()
@@ -225,12 +254,16 @@ def _label(run: Run, index: int, stream: Stream, store: Store) -> None:
         counts = sweep.sum_over_processes(counted(store, _labeled(store, mine)))
         prior = watch.class_counts(run.sources["labeled"])
         found = labeling.rule(counts, prior), counts.sum(1), prior
+        errors = None
+        if truth is not None:
+            known = sweep.sum_over_processes(judged(store, _labeled(store, mine), truth))
+            errors = error_rates(known, store.info)
         _all_here(f"{phase.name}: counted")  # nobody drops a label before all have counted
         if jax.process_index() == 0:
-            store.write_selection(*found)
+            store.write_selection(*found, errors)
         _all_here(f"{phase.name}: selecting")
     chosen, predicted, prior = found
-    pairs = selected(store, _labeled(store, mine), chosen, labeling.seed, run.sources.get("truth"))
+    pairs = selected(store, _labeled(store, mine), chosen, labeling.seed, truth)
     pairs = sweep.sum_over_processes(pairs)
     left_out = sweep.sum_over_processes(np.array(len(store.missing(mine.ids)), np.int64))
     _all_here(f"{phase.name}: selected")
@@ -246,7 +279,7 @@ def _label(run: Run, index: int, stream: Stream, store: Store) -> None:
     }
     if jax.process_index() == 0:
         summary = summarize(pairs, chosen, predicted, prior, store)
-        store.write_summary({**described, **summary})
+        store.write_summary({**described, **summary, "errors": store.read_errors()})
 
 
 def _report(run: Run, index: int, summary: Mapping[str, Any]) -> None:
@@ -310,13 +343,7 @@ def _predict(run: Run, index: int, stream: Stream, store: Store, mine: Source) -
                 store.flush()
                 raise Stopped(run.stop.received)
 
-        batches = pipeline.in_order(
-            subset,
-            evaluator.batch,
-            bucket=evaluator.bucket,
-            threads=_THREADS,
-            on_damage=note,
-        )
+        batches = evaluator.batches(subset, threads=_THREADS, on_damage=note)
         with evaluator.telling_compilations("Labeling"):
             sweep.each(update, batches, evaluator.mesh, write)
         _finish(writing)
@@ -351,20 +378,42 @@ def _in_threads(function: Callable[[str], T], ids: Iterable[str]) -> Iterable[T]
 
 
 def _in_groups(
-    pairs: Iterable[tuple[np.ndarray, np.ndarray]], least: int = 2**18
-) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Arrays of some images together, so many positions that counting them is not less work than
-    the table is large that they are counted in.
+    arrays: Iterable[tuple[np.ndarray, ...]], least: int = 2**18
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Arrays of some images, flat and joined, so many positions that counting them is not less work
+    than the table is large that they are counted in.
     """
+
+    def joined() -> tuple[np.ndarray, ...]:
+        return tuple(np.concatenate([*map(np.ravel, part)]) for part in zip(*some, strict=True))
+
     some, size = [], 0
-    for pair in pairs:
-        some.append(pair)
-        size += pair[0].size
+    for of_image in arrays:
+        some.append(of_image)
+        size += of_image[0].size
         if size >= least:
-            yield some
+            yield joined()
             some, size = [], 0
     if some:
-        yield some
+        yield joined()
+
+
+class _Truth:
+    """Labels of a source by an image's id; 255 where they are not known."""
+
+    def __init__(self, source: Source | None):
+        self._source = source
+        self._place = {image_id: i for i, image_id in enumerate(source.ids if source else ())}
+
+    def __call__(self, image_id: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Of the image of that id, whose label has that shape."""
+        unknown = np.full(shape, IGNORE_LABEL, np.uint8)
+        if self._source is None:
+            return unknown
+        try:
+            return np.asarray(self._source[self._place[image_id]].get("label", unknown))
+        except UnreadableError:  # it only measures
+            return unknown
 
 
 def _all_here(name: str) -> None:

@@ -7,6 +7,8 @@ network. It prints two tables and writes to the folder W/report:
                      round (Figure 1 of DARS)
   pseudo_labels.png  which share of the pixels each round labels and, where the run measured it
                      (config.eval.unlabeled_truth), which share of these labels is right
+  errors.png         where it was measured, which share of the surest labels of each round is wrong
+                     (Figure 1 of DMT)
   report.json        all numbers; shares are in [0,1]
 
 With `--calibration` a network labels the unlabeled images once more. Rules that choose among its
@@ -38,7 +40,7 @@ from jaxssl import comparison, logs, metrics
 from jaxssl.contracts import DataInfo, UserError
 from jaxssl.data import cityscapes, files
 from jaxssl.data.pseudo_labels import Store
-from jaxssl.figures import class_figure, quality_figure
+from jaxssl.figures import class_figure, error_figure, quality_figure
 from jaxssl.trained import Trained, open_trained
 
 TAIL_SHARE = 0.1
@@ -145,6 +147,8 @@ def report(run: Trained, console: logs.Console) -> dict[str, Any]:
             "classes.png": class_figure(run.info, labelings),
             "pseudo_labels.png": quality_figure(labelings),
         }
+        if any(one.get("errors") for one in labelings):
+            pictures["errors.png"] = error_figure(labelings)
         for name, figure in pictures.items():
             with files.whole(folder / name) as file:
                 figure.savefig(file, format="png", dpi=150)

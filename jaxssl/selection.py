@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,6 +22,9 @@ LEVELS = 2**16
 
 STEPS = 2048
 """Levels from one doubt to half of it."""
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Of the surest labels, those that `error_rates` looks at."""
 
 
 def confidence(levels: np.ndarray) -> np.ndarray:
@@ -60,6 +64,25 @@ def select(
     drawn = rng.random(labels.shape) < selection.share[classes]
     kept = known & (levels >= selection.lowest[classes]) & drawn
     return np.where(kept, labels, np.uint8(IGNORE_LABEL))
+
+
+def error_rates(
+    known: np.ndarray, wrong: np.ndarray, shares: Sequence[float] = SHARES
+) -> np.ndarray:
+    """Which share of the surest labels is wrong (DMT's Figure 1), float64 `[C,len(shares)]`, nan
+    where there are none. Labels as sure as the last one of a share are among it.
+
+    Args:
+      known: int64 `[C,LEVELS]`, labels whose truth is known, by class and level.
+      wrong: likewise, those of them that are wrong.
+      shares: of the labels of a class, each in [0,1].
+    """
+    rates = np.full((len(known), len(shares)), np.nan)
+    for i, share in enumerate(shares):
+        reached = np.arange(LEVELS) >= TopShare(share)(known, known).lowest[:, None]
+        errors, labels = (np.where(reached, x, 0).sum(1) for x in (wrong, known))
+        np.divide(errors, labels, out=rates[:, i], where=labels > 0)
+    return rates
 
 
 @dataclasses.dataclass(frozen=True)

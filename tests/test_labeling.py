@@ -117,6 +117,23 @@ def test_passes_over_a_store(filled):
         np.testing.assert_array_equal(store.read(name)[0], mine)
 
 
+def test_errors_are_counted_where_the_truth_is_known(filled):
+    store, arrays, truth = filled
+    known, wrong = labeling.judged(store, arrays, Truth(truth))
+    labels, levels = (np.concatenate([x[i].ravel() for x in arrays.values()]) for i in (0, 1))
+    true = np.concatenate([truth[name].ravel() for name in arrays])
+    for c in range(3):
+        mine = (labels == c) & (true != 255)
+        np.testing.assert_array_equal(known[c, :100], np.bincount(levels[mine], minlength=100))
+        mine &= true != c
+        np.testing.assert_array_equal(wrong[c, :100], np.bincount(levels[mine], minlength=100))
+    found = labeling.error_rates(np.stack([known, wrong]), INFO)
+    assert found["all"][-1] == pytest.approx(wrong.sum() / known.sum())
+    assert found["classes"]["sky"][-1] == pytest.approx(wrong[1].sum() / known[1].sum())
+    assert found["classes"]["car"] == [None] * 5  # never predicted
+    json.dumps(found, allow_nan=False)
+
+
 def test_passes_over_classes_of_whole_images(tmp_path):
     """They are those over an image of as many pixels, but that each image draws its own number."""
     rng = np.random.default_rng(0)

@@ -13,7 +13,8 @@ from PIL import Image
 from jaxssl import report, trained
 from jaxssl.contracts import DataInfo
 from jaxssl.data import cityscapes
-from jaxssl.report import CITYSCAPES_TAIL, class_figure, main, quality_figure, tail_classes
+from jaxssl.figures import class_figure, error_figure, quality_figure
+from jaxssl.report import CITYSCAPES_TAIL, main, tail_classes
 
 HEAD = ("road", "sidewalk", "building", "vegetation", "sky", "car")
 
@@ -70,11 +71,11 @@ def test_numbers_are_those_that_the_run_wrote(reported):
 
 
 def test_pictures_are_written(reported):
-    for name in ("classes.png", "pseudo_labels.png"):
+    for name in ("classes.png", "pseudo_labels.png", "errors.png"):
         picture = Image.open(reported[0] / "report" / name).convert("RGB")
         assert min(picture.size) > 400
         assert len(picture.getcolors(2**24)) > 10
-    assert len([*(reported[0] / "report").iterdir()]) == 3
+    assert len([*(reported[0] / "report").iterdir()]) == 4
 
 
 def test_a_run_that_labels_nothing(workdir, capsys):
@@ -199,6 +200,29 @@ def test_bars_are_the_quality_of_pseudo_labels():
     unknown = [{**one, "accuracy": None} for one in LABELINGS]
     axes = quality_figure(unknown).axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([20, 50])
+
+
+def test_lines_are_the_errors_of_the_surest():
+    errors = {"shares": [0.2, 0.6, 1.0], "all": [0.01, 0.05, 0.2]}
+    known, unknown = (
+        {**one, "errors": x} for one, x in zip(LABELINGS, (errors, None), strict=True)
+    )
+    axes = error_figure([known, unknown]).axes[0]
+    (line,) = axes.lines
+    np.testing.assert_allclose(line.get_xdata(), [20, 60, 100])
+    np.testing.assert_allclose(line.get_ydata(), [1, 5, 20])
+
+
+def test_errors_of_a_run_are_those_of_its_labels(workdir):
+    compared = 0
+    for one in report.read_labelings(trained.open_trained(workdir)):
+        assert {*one["errors"]["classes"]} == {*cityscapes.INFO.classes}
+        for name, found in one["classes"].items():
+            if found["of_predicted"] == 1 and found["accuracy"] is not None:  # nothing is dropped
+                wrong = one["errors"]["classes"][name][-1]
+                assert wrong == pytest.approx(1 - found["accuracy"])
+                compared += 1
+    assert compared
 
 
 def test_a_mistake_is_one_message(capsys):

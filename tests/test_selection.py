@@ -8,7 +8,7 @@ import pytest
 
 from jaxssl import selection
 from jaxssl.contracts import Selection, UserError
-from jaxssl.selection import LEVELS, Aligned, Threshold, TopShare
+from jaxssl.selection import LEVELS, SHARES, Aligned, Threshold, TopShare
 
 RATIOS = (0.0, 0.03, 0.2, 0.5, 0.97, 1.0)
 
@@ -277,3 +277,20 @@ def test_rules_that_do_not_exist_are_refused(text, words):
 def test_a_precision_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="'float32' is neither 'float16' nor 'stored'"):
         Aligned(0.5, precision="float32")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_rates_are_those_of_the_surest(case):
+    labels, levels, _ = CASES[case]
+    right = np.random.default_rng(2).random(labels.shape) < 0.6 + levels / (3 * LEVELS)
+    known, wrong = (selection.count(labels[x], levels[x], 5) for x in (labels < 9, ~right))
+    found = selection.error_rates(known, wrong)
+    for c, i in np.ndindex(found.shape):
+        mine, errors = levels[labels == c], ~right[labels == c]
+        ranked = np.sort(mine)[::-1]
+        if not len(ranked):
+            assert np.isnan(found[c, i])
+            continue
+        last = ranked[math.ceil(SHARES[i] * len(ranked)) - 1]
+        assert found[c, i] == pytest.approx(errors[mine >= last].mean())
+    assert case == "nothing" or np.nanmax(found) > 0

@@ -28,7 +28,15 @@ import numpy as np
 from PIL import Image
 
 from jaxssl import selection
-from jaxssl.contracts import DataInfo, Record, Selection, Source, UnreadableError, UserError
+from jaxssl.contracts import (
+    IGNORE_LABEL,
+    DataInfo,
+    Record,
+    Selection,
+    Source,
+    UnreadableError,
+    UserError,
+)
 from jaxssl.data.files import open_image, whole, write_json
 from jaxssl.data.splits import fingerprint
 
@@ -83,6 +91,11 @@ class Store:
         with whole(self._label(image_id)) as file:
             picture.save(file, "PNG", bits=8)
 
+    def dropped(self, ids: Iterable[str]) -> set[str]:
+        """Those of some images that teach nothing: none of these, which have many labels each."""
+        del ids
+        return set()
+
     def flush(self) -> None:
         """Makes sure that all that was written is on disk, as it is here at once."""
 
@@ -127,13 +140,24 @@ class Store:
         )
         return Selection(lowest, np.array(stored["share"])), predicted, prior
 
-    def write_selection(self, chosen: Selection, predicted: np.ndarray, prior: np.ndarray) -> None:
-        """Writes what is kept, and from which counts `[C]` that was decided: labels are dropped
-        only after it, so these could not be counted again.
+    def write_selection(
+        self,
+        chosen: Selection,
+        predicted: np.ndarray,
+        prior: np.ndarray,
+        errors: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes what is kept, from which counts `[C]` that was decided, and how often labels are
+        wrong, if that is known: labels are dropped only after it, so none of it could be found
+        again.
         """
-        values = {**chosen._asdict(), "predicted": predicted, "prior": prior}
-        path = self.folder / "selection.json"
-        write_json(path, {name: x.tolist() for name, x in values.items()})
+        arrays = {**chosen._asdict(), "predicted": predicted, "prior": prior}
+        values = {name: x.tolist() for name, x in arrays.items()}
+        write_json(self.folder / "selection.json", {**values, "errors": errors})
+
+    def read_errors(self) -> dict[str, Any] | None:
+        """How often labels are wrong, as `write_selection` was told it."""
+        return _read_json(self.folder / "selection.json").get("errors")
 
     def read_summary(self) -> dict[str, Any]:
         """What came of the labeling; UserError where that is not done."""
@@ -181,6 +205,13 @@ class ClassStore(Store):
         with self._rows.lock:
             known = self._load()
             return [image_id for image_id in ids if image_id not in known]
+
+    def dropped(self, ids: Iterable[str]) -> set[str]:
+        """Those of some images whose label is not kept, or that have none."""
+        with self._rows.lock:
+            known = self._load()
+            kept = {image_id for image_id, (label, _) in known.items() if label != IGNORE_LABEL}
+        return set(ids) - kept
 
     def write(self, image_id: str, labels: np.ndarray, levels: np.ndarray) -> None:
         """Takes the label of an image, uint8, and its level of confidence, uint16; many together
