@@ -184,7 +184,7 @@ def assemble(
     }
     phases = method.phases(make_plan(config, sources))
     for phase in phases:
-        train.make_feeds(config, phase, sources, mesh, Path())
+        train.make_feeds(config, phase, sources, mesh)
     return Parts(
         phases,
         nets,

@@ -410,25 +410,32 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
 
 
 def make_feeds(
-    config: Config, phase: Phase, sources: Mapping[str, Source], mesh: Mesh, workdir: Path
+    config: Config,
+    phase: Phase,
+    sources: Mapping[str, Source],
+    mesh: Mesh,
+    workdir: Path | None = None,
 ) -> list[pipeline.Feed]:
-    """What a phase reads; UserError where a batch fits neither the data nor the devices."""
-    augment = Augment(
-        crop=tuple(config.crop),
-        scale=tuple(config.augment.scale),
-        scale_median=config.augment.scale_median,
-        flip=config.augment.flip,
-        rotate=config.augment.rotate,
-        blur=config.augment.blur,
-    )
+    """What a phase reads; UserError where a batch fits neither the data nor the devices.
+
+    Args:
+      config: of the run.
+      phase: its streams are read.
+      sources: by stream.
+      mesh: the devices.
+      workdir: where pseudo-labels are; None as long as there are none, to check the rest.
+    """
+    changes = {**config.augment, "scale": tuple(config.augment.scale)}
+    augment = Augment(crop=tuple(config.crop), **changes)
     feeds = []
     for stream in phase.streams:
-        source = sources[stream.name]
+        source, without = sources[stream.name], set[str]()
         limit = quarantine.allowed(config.data.max_damaged, len(source))
-        if isinstance(stream.labels, Labeling):
+        if isinstance(stream.labels, Labeling) and workdir is not None:
             labels = Store.of(workdir, phase.name, source.info)
+            without = labels.dropped(source.ids)
             source = PseudoLabeled(source, labels, confidence=stream.labels.confidence)
-        feeds.append(pipeline.Feed(stream, source, augment, limit))
+        feeds.append(pipeline.Feed(stream, source, augment, limit, without))
         sharding.check_batch(stream, config.batch.accumulate, mesh)
         pipeline.check(feeds[-1], config.seed, jax.process_count())
     return feeds

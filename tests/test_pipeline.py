@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -144,6 +145,18 @@ def test_parts_divide_the_images():
     feed = dataclasses.replace(LABELED, stream=Stream("labeled", 5, part=(0.5, 1.0)))
     later = {int(i) for batch in run([feed], phase_index=4) for i in batch["labeled"]["index"]}
     assert later == seen[1]
+
+
+def test_images_that_are_not_used_never_come():
+    source = LABELED.source
+    feed = dataclasses.replace(LABELED, stream=Stream("labeled", 4), without=set(source.ids[2:6]))
+    counts = collections.Counter(
+        int(i) for b in run([feed], steps=6) for i in b["labeled"]["index"]
+    )
+    assert counts == dict.fromkeys((0, 1, 6, 7, 8, 9), 4)
+    feed = dataclasses.replace(feed, without=source.ids[:7])
+    with pytest.raises(UserError, match="takes 4 images, but there are only 3"):
+        run([feed])
 
 
 def test_stream_changes_the_augmentation():

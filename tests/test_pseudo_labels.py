@@ -268,6 +268,17 @@ def test_records_of_whole_images(classes):
             again(classes).read("two")
 
 
+def test_images_whose_label_is_not_kept_are_dropped(classes, store, arrays):
+    assert classes.dropped(Pictures.ids) == {"city/one", "two"}
+    classes.write("city/one", np.uint8(1), np.uint16(2048))
+    classes.write("two", np.uint8(0), np.uint16(0))
+    classes.write_labels("two", np.uint8(255))
+    assert classes.dropped(Pictures.ids) == {"two"}
+    labels, levels = arrays
+    store.write("two", np.full_like(labels, 255), levels)  # of the pixels of an image, some
+    assert store.dropped(["two"]) == set()
+
+
 def test_batches_of_pseudo_labeled_images(classes):
     for image_id, label, level in (("city/one", 1, 2048), ("two", 255, 0)):
         classes.write(image_id, np.uint8(label), np.uint16(level))

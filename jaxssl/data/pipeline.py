@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,12 +35,14 @@ class Feed:
       source: where the images are; its labels are dropped where `stream.labels` is None.
       augment: geometry; the fields in `stream.augment` replace these.
       max_damaged: images that may be unreadable; others stand in for them.
+      without: ids of images that are not used.
     """
 
     stream: Stream
     source: Source
     augment: Augment
     max_damaged: int = 0
+    without: Collection[str] = ()
 
 
 class Batches:
@@ -380,7 +382,7 @@ class _Named:
 def check(feed: Feed, seed: int, process_count: int = 1) -> None:
     """Raises the UserError that `batches` would raise for this feed."""
     _share(f"The batch of the stream {feed.stream.name!r}", feed.stream.batch, process_count)
-    _positions(feed.stream, feed.source.ids, seed)
+    _positions(feed, seed)
 
 
 def _stream(
@@ -392,7 +394,7 @@ def _stream(
     order_seed, augment_seed = np.random.SeedSequence(entropy).generate_state(2).tolist()
     read = _Augmented(
         feed,
-        _positions(stream, feed.source.ids, seed=entropy[0]),
+        _positions(feed, seed=entropy[0]),
         dataclasses.replace(feed.augment, **stream.augment),
         seed=order_seed,
     )
@@ -403,8 +405,9 @@ def _stream(
     )
 
 
-def _positions(stream: Stream, ids: Sequence[str], seed: int) -> np.ndarray:
-    """Where the stream's share of the images stands in the source."""
+def _positions(feed: Feed, seed: int) -> np.ndarray:
+    """Where the images that are used stand in the source."""
+    stream, ids, without = feed.stream, feed.source.ids, set(feed.without)
     if not ids:
         raise UserError(
             f"There are no images for the stream {stream.name!r}. Add some; or set "
@@ -412,7 +415,7 @@ def _positions(stream: Stream, ids: Sequence[str], seed: int) -> np.ndarray:
             "configs/supervised_*.py need no unlabeled images."
         )
     begin, end = (round(share * len(ids)) for share in stream.part)
-    chosen = set(seeded_order(ids, seed)[begin:end])
+    chosen = set(seeded_order(ids, seed)[begin:end]) - without
     positions = np.flatnonzero([image_id in chosen for image_id in ids]).astype(np.int32)
     if stream.batch > len(positions):
         raise UserError(
