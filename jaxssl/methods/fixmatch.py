@@ -10,14 +10,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxssl import contracts, losses, mixing, views
-from jaxssl.contracts import IGNORE_LABEL, Aux, Batch, Network, Params, Phase, Plan, Variables
+from jaxssl import losses, mixing, views
+from jaxssl.contracts import IGNORE_LABEL, Aux, Batch, Network, Params, Phase, Variables
 from jaxssl.methods import supervised
-from jaxssl.state import TEACHER, TrainState
+from jaxssl.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(contracts.Method):
+class Method(supervised.TeacherStudent):
     """A network learns from the labels and, on strong views, from its own confident predictions.
 
     `L = CE(labels) + weight * 1[max p >= threshold] CE(strong, argmax p)`, p of the weak image
@@ -30,43 +30,16 @@ class Method(contracts.Method):
     Attributes:
       weight: lambda_u.
       threshold: tau, on the probability of the most probable class.
-      ema_decay_max: share of its old value that the average of the network keeps, reached within
-        the first updates. The average is evaluated and teaches nothing.
-      auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
     weight: float = 1.0
     threshold: float = 0.95
     ema_decay_max: float = 0.999
-    auxiliary_weight: float = 0.4
-
-    @property
-    def students(self) -> tuple[str, ...]:
-        """The one network."""
-        return ("a",)
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Its average."""
-        return self.students
-
-    @property
-    def headline(self) -> str:
-        """The average, as in the paper."""
-        return TEACHER + "a"
 
     @property
     def labeler(self) -> str:
-        """The network itself."""
+        """The network itself; its average is evaluated and teaches nothing."""
         return "a"
-
-    def phases(self, plan: Plan) -> tuple[Phase, ...]:
-        """A warm-up, if the plan has one, and the method."""
-        return supervised.warmup_and_main(plan, self.students)
-
-    def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
-        """See `supervised.ema_decay`."""
-        return supervised.ema_decay(phase, k, self.ema_decay_max)
 
     def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
         """The most probable class, 255 where its probability is below the threshold."""

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxssl import contracts, losses, views
-from jaxssl.contracts import Aux, Batch, Network, Params, Phase, Plan, Variables
+from jaxssl import losses, views
+from jaxssl.contracts import Aux, Batch, Network, Params, Phase, Variables
 from jaxssl.methods import supervised
-from jaxssl.state import TEACHER, TrainState
+from jaxssl.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(contracts.Method):
+class Method(supervised.TeacherStudent):
     """The student learns from the labels and from the teacher's probabilities.
 
     `L = CE(labels) + weight * ramp * ||p_student - p_teacher||^2`
@@ -30,43 +30,11 @@ class Method(contracts.Method):
         their mean, which is 10 times the sum that is taken here.
       rampup: share of the main phase in which the weight rises (the paper's: 40 of 150 thousand
         updates).
-      ema_decay_max: share of its old value that the teacher keeps, reached within the first
-        updates.
-      auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
     weight: float = 10.0
     rampup: float = 0.27
     ema_decay_max: float = 0.999
-    auxiliary_weight: float = 0.4
-
-    @property
-    def students(self) -> tuple[str, ...]:
-        """The one network."""
-        return ("a",)
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Its average."""
-        return self.students
-
-    @property
-    def headline(self) -> str:
-        """The teacher, as in the paper."""
-        return TEACHER + "a"
-
-    @property
-    def labeler(self) -> str:
-        """The teacher."""
-        return TEACHER + "a"
-
-    def phases(self, plan: Plan) -> tuple[Phase, ...]:
-        """A warm-up, if the plan has one, and the method."""
-        return supervised.warmup_and_main(plan, self.students)
-
-    def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
-        """See `supervised.ema_decay`."""
-        return supervised.ema_decay(phase, k, self.ema_decay_max)
 
     def loss(
         self,
