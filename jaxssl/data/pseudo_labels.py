@@ -96,11 +96,6 @@ class Store:
         del ids
         return set()
 
-    def dropped(self, ids: Iterable[str]) -> set[str]:
-        """Those of some images that teach nothing: none of these, which have many labels each."""
-        del ids
-        return set()
-
     def flush(self) -> None:
         """Makes sure that all that was written is on disk, as it is here at once."""
 
@@ -210,13 +205,6 @@ class ClassStore(Store):
         with self._rows.lock:
             known = self._load()
             return [image_id for image_id in ids if image_id not in known]
-
-    def dropped(self, ids: Iterable[str]) -> set[str]:
-        """Those of some images whose label is not kept, or that have none."""
-        with self._rows.lock:
-            known = self._load()
-            kept = {image_id for image_id, (label, _) in known.items() if label != IGNORE_LABEL}
-        return set(ids) - kept
 
     def dropped(self, ids: Iterable[str]) -> set[str]:
         """Those of some images whose label is not kept, or that have none."""
