@@ -692,13 +692,23 @@ def test_a_network_without_a_representation_is_refused():
     assert make_state(u2pl.Method(lambda_c=0.0), {"a": Plain()}).extra == {}
 
 
+def test_whole_images_with_a_label_are_refused():
+    method, batch = u2pl.Method(**SMALL), image_batch()
+    del batch["unlabeled"]["valid"]
+    state = make_state(method, {"a": NET})
+    with pytest.raises(UserError, match="it needs masks"):
+        loss_of(method, batch)(state.params, state)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"negatives": "paper"}, "There are: intended, released"),
         ({"bank_dtype": "float16"}, "There are: float32, bfloat16"),
         ({"teacher_forwards": "three"}, "There are: two, one"),
-        ({"alpha_0": 120.0}, "no percentage"),
+        ({"alpha_0": 120.0}, "is not from 0 to 100"),
+        ({"cutmix": 50}, "is not from 0 to 1"),
+        ({"ohem_threshold": 0.0}, "no number above 0"),
         ({"rank_low": 0}, "leave no ranks"),
         ({"rank_low": 20}, "leave no ranks"),
         ({"temperature": 0.0}, "no number above 0"),

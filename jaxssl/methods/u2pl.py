@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxssl import contracts, losses, memory_bank, mixing, sampling
+from jaxssl import losses, memory_bank, mixing, sampling
 from jaxssl.contracts import (
     IGNORE_LABEL,
     Aux,
@@ -28,7 +29,6 @@ from jaxssl.contracts import (
     Outputs,
     Params,
     Phase,
-    Plan,
     Stats,
     UserError,
     Variables,
@@ -39,7 +39,7 @@ from jaxssl.state import TEACHER, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(contracts.Method):
+class Method(supervised.TeacherStudent):
     """`L = Ls + lambda_u * Lu + lambda_c * Lc` (eq. 1).
 
     Ls: cross entropy on labels, eq. 2. Lu: on the teacher's pseudo-labels of mixed images, eq. 3;
@@ -75,12 +75,9 @@ class Method(contracts.Method):
       capacity_0: of class 0, the background.
       keys: most of a class that enter in a step, or are drawn from without a bank.
       bank_dtype: "float32", or "bfloat16" in half the memory.
-      ema_decay_max: share of its old value that the teacher keeps, reached within the first
-        updates.
       ohem: Ls is taken of hard pixels only; see `losses.ohem_cross_entropy`.
       ohem_threshold: probability of the truth up to which a pixel is hard.
       ohem_min_kept: pixels per image that count at least.
-      auxiliary_weight: in Ls, of an auxiliary head, where the network has one.
     """
 
     lambda_c: float = 0.1
@@ -105,23 +102,23 @@ class Method(contracts.Method):
     capacity_0: int = 50_000
     keys: int = 512
     bank_dtype: Literal["float32", "bfloat16"] = "float32"
-    ema_decay_max: float = 0.99
     ohem: bool = False
     ohem_threshold: float = 0.7
     ohem_min_kept: int = 50_000
-    auxiliary_weight: float = 0.4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha_0 <= 100:
-            raise UserError(f"method.alpha_0={self.alpha_0} is no percentage from 0 to 100.")
+        for field, most in (("alpha_0", 100), ("cutmix", 1), ("anchor_threshold", 1)):
+            if not 0 <= getattr(self, field) <= most:
+                raise UserError(f"method.{field}={getattr(self, field)} is not from 0 to {most}.")
+        for field in ("temperature", "ohem_threshold"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise UserError(f"method.{field}={getattr(self, field)} is no number above 0.")
         if not 1 <= self.rank_low < self.rank_high:
             raise UserError(
                 f"method.rank_low={self.rank_low} and method.rank_high={self.rank_high} leave no "
                 "ranks. Give 1 or more, and a larger number."
             )
-        if self.temperature <= 0:
-            raise UserError(f"method.temperature={self.temperature} is no number above 0.")
         for field in ("num_anchors", "num_negatives", "keys"):
             if getattr(self, field) < 1:
                 raise UserError(f"method.{field}={getattr(self, field)} is too small. Give 1.")
@@ -130,30 +127,6 @@ class Method(contracts.Method):
                 f"method.keys={self.keys} of a step would fill the bank of method.capacity="
                 f"{self.capacity}, method.capacity_0={self.capacity_0}. Give fewer keys."
             )
-
-    @property
-    def students(self) -> tuple[str, ...]:
-        """The one network."""
-        return ("a",)
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Its average."""
-        return self.students
-
-    @property
-    def headline(self) -> str:
-        """The teacher, as released."""
-        return TEACHER + "a"
-
-    @property
-    def labeler(self) -> str:
-        """The teacher."""
-        return TEACHER + "a"
-
-    def phases(self, plan: Plan) -> tuple[Phase, ...]:
-        """A warm-up, if the plan has one, and the method."""
-        return supervised.warmup_and_main(plan, self.students)
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
         """That there are fewer classes than the ranks were chosen for."""
@@ -192,10 +165,6 @@ class Method(contracts.Method):
         banks = before["bank"], after["bank"]
         return {"bank": memory_bank.push_of_devices(*banks, self.keys, axis_name)}
 
-    def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
-        """See `supervised.ema_decay`."""
-        return supervised.ema_decay(phase, k, self.ema_decay_max)
-
     def alpha(self, progress: jax.Array | float) -> jax.Array | float:
         """Percent of the pixels that are unreliable: eq. 7, or alpha_0."""
         return self.alpha_0 * (1 - progress) if self.dynamic else self.alpha_0
@@ -219,7 +188,7 @@ class Method(contracts.Method):
     ) -> tuple[jax.Array, Aux]:
         """Equation 1; labeled and mixed images share a BatchNorm batch."""
         del frozen
-        labeled, unlabeled, net = batch["labeled"], batch.get("unlabeled", {}), nets["a"]
+        labeled, net = batch["labeled"], nets["a"]
         if phase.name == supervised.WARMUP:
             return supervised.warmup_loss(
                 self,
@@ -231,6 +200,9 @@ class Method(contracts.Method):
                 auxiliary_weight=self.auxiliary_weight,
                 criterion=self._criterion,
             )
+        unlabeled = batch["unlabeled"]
+        if "valid" not in unlabeled:
+            raise UserError("U2PL learns pixel by pixel: it needs masks.")
         mask_key, dropout_key, contrast_key = jax.random.split(key, 3)
         mask = self._mask(mask_key, unlabeled["valid"].shape)
         mixed = {name: mixing.mix(mask, unlabeled[name]) for name in ("image", "valid")}
