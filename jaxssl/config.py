@@ -328,6 +328,36 @@ def voc(variant: Mapping[str, str | None]) -> Config:
     return config
 
 
+def cifar10(variant: Mapping[str, str | None]) -> Config:
+    """What a variant of a CIFAR-10 config says, but for the method: the default config with what
+    DMT's paper says of CIFAR-10; or Fashion-MNIST, or the embedded digits.
+
+    Args:
+      variant: from `choose`: "labels", how many images are labeled, 4000 if None; "data" "fashion",
+        for which everything is as for CIFAR-10, "digits", or None.
+    """
+    config = default()
+    use_network(config, "wide_resnet")
+    labels = variant["labels"] or "4000"
+    with config.unlocked():
+        config.data.update(name="cifar10", root="data/cifar10", split=labels, validation=200)
+        config.augment.update(scale=(1.0, 1.0), pad=4, randaugment=1, operations="paper", cutout=16)
+    config.update(crop=(32, 32), epochs=750.0)
+    config.batch.update(labeled=16 if int(labels) <= 1000 else 64)
+    config.batch.unlabeled = 512 - config.batch.labeled
+    config.optimizer.update(learning_rate=0.1, schedule="cosine")
+    config.eval.update(every=5000, batch=500, unlabeled_truth=True)
+    config.log.every = 100
+    if variant["data"] == "fashion":
+        with config.unlocked():
+            config.data.update(name="mnist", set="fashion", root="data/fashion")
+        config.crop = (28, 28)
+        config.augment.cutout = 14
+    elif variant["data"] == "digits":
+        use_digits(config, variant["labels"])
+    return config
+
+
 def mkd(**changes: Any) -> Config:
     """The `method` section for MKD, with the paper's values.
 
@@ -386,6 +416,32 @@ def dmt(**changes: Any) -> Config:
             "label_scale": 1.0,
             "label_flip": False,
             "auxiliary_weight": 0.4,
+        }
+    )
+    section.update(changes)
+    return section
+
+
+def dmt_images(**changes: Any) -> Config:
+    """The `method` section for DMT on images with one label each, with the paper's values of
+    CIFAR-10.
+
+    Args:
+      **changes: fields of `methods.dmt_images.Method` with other values.
+    """
+    section = ConfigDict(
+        {
+            "name": "dmt_images",
+            "gamma_1": 4.0,
+            "gamma_2": 4.0,
+            "ratios": (0.2, 0.4, 0.6, 0.8, 1.0),
+            "weight": "dynamic",
+            "mixup": 0.75,
+            "labeled_by": "best",
+            "oracle_epochs": 300.0,
+            "supervised_rate": 0.2,
+            "ema_decay_max": 0.999,
+            "teacher_stats": "ema",
         }
     )
     section.update(changes)
@@ -599,6 +655,26 @@ def use_streets(config: Config, split: str | None, budget: str | None = None) ->
     config.augment.scale = (0.75, 1.5)
     config.eval.update(every=500, batch=20)
     config.checkpoint.every = 250
+    config.log.every = 20
+
+
+def use_digits(config: Config, labels: str | None) -> None:
+    """Swaps in the embedded digits, and a network that trains on them in a minute on a laptop.
+
+    Nothing is held out of so few labels: a phase is evaluated at its end, and best is what is last.
+
+    Args:
+      config: is changed.
+      labels: how many images are labeled; None takes 50.
+    """
+    with config.unlocked():
+        config.data.update(name="digits", root="", size=8, split=labels or "50", validation=0)
+    use_small(config)
+    config.update(crop=(8, 8), warmup=400, steps=400, epochs=None)
+    config.batch.update(labeled=16, unlabeled=48)
+    config.augment.update(flip=False, pad=1, cutout=2)
+    config.eval.update(every=0, batch=120)
+    config.checkpoint.every = 200
     config.log.every = 20
 
 

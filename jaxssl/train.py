@@ -350,8 +350,9 @@ def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
         columns[name] = [labels["predicted"] for labels in found]
         columns["kept"] = [labels["taught"] for labels in found]
     if source.info.task == "classification":  # a class is a tile of its color
-        tiles = {name: _tiles(columns["image"], labels) for name, labels in columns.items()}
-        columns = {**tiles, "image": columns["image"]}
+        images = columns.pop("image")
+        tiles = {name: _tiles(images, labels) for name, labels in columns.items()}
+        columns = {"image": images, **tiles}
     picture = panels.write(
         panel_path(run.workdir, step),
         list(zip(*columns.values(), strict=True)),
