@@ -22,6 +22,7 @@ from jaxssl import config as configs
 from jaxssl import contracts, methods, mixing, models, optim, phases, sharding, sweep, views
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import Weights
+from jaxssl.inference import make_predict
 from jaxssl.methods import rml
 from jaxssl.step import Clock, make_train_step
 
@@ -728,6 +729,35 @@ def test_a_step_of_two_architectures_and_devices_do_not_matter():
         )
         jax.tree.map(np.testing.assert_array_equal, one.teacher_stats[name], one.stats[name])
         assert (one.extra["prototypes"][name] != start.extra["prototypes"][name]).any()
+
+
+@pytest.mark.slow
+def test_overfits_eight_images():
+    """From a warm-up on, with prototypes, frozen teachers and all noise."""
+    images, nets = conftest.shapes(), dict.fromkeys("ab", Small(num_classes=3))
+    unlabeled = {name: images[name] for name in ("image", "valid")}
+    batch = {"labeled": images, "unlabeled": unlabeled}
+    whole = {**unlabeled, "index": np.arange(8, dtype=np.int32)}
+    method = methods.load({"name": "rml", "ema_decay_max": 0.9})
+    state, frozen, scores = make_state(method, nets, size=(64, 64)), {}, []
+    predict = jax.jit(make_predict(nets["a"]))
+    for phase in method.phases(plan(60, warmup=60, images=8)):
+        sums, extra = {}, state.extra
+        for one in phase.sweeps:
+            networks = {name: state.network(w.network) for name, w in one.networks.items()}
+            sums[one.name] = jax.jit(functools.partial(one.update, nets))(networks, extra, whole)
+            extra = one.finish(sums, extra)
+        frozen = {name: state.network(w.network) for name, w in phase.frozen.items()}
+        state, clock = state.replace(extra=extra), Clock.of(phase, int(state.step))
+        optimizer, schedule = optim.make_optimizer(OPTIMIZER), optim.make_schedule(OPTIMIZER)
+        step = jax.jit(
+            make_train_step(method, nets, phase, optimizer, schedule, learning_rate=0.1, seed=0)
+        )
+        for _ in range(phase.steps):
+            state, _ = step(state, frozen, batch, clock)
+        logits = predict(state.network("teacher_a"), images["image"], images["valid"])
+        scores.append(conftest.mean_iou(images["label"], np.argmax(logits, -1)))
+    assert min(scores) > 0.9, scores
 
 
 @pytest.fixture
