@@ -54,38 +54,46 @@ LEAST: Mapping[str, int] = {
 
 _ALL: Mapping[str, Any] = {"preprocessing": "imagenet", "dropout": 0.0, "dtype": "float32"}
 
-_SHARED: Mapping[str, Any] = {
+_BACKBONE: Mapping[str, Any] = {
     **_ALL,
     "pretrained": "",
-    "auxiliary": False,
-    "embedding": 0,
-    "decoder_dropout": 0.0,
-    "align_corners": False,
     "batch_norm_momentum": 0.1,
     "stochastic_depth": 1.0,
     "remat": False,
 }
 
-_BACKBONE: Mapping[str, Any] = {
-    **_SHARED,
+_CONVOLUTIONAL: Mapping[str, Any] = {
+    **_BACKBONE,
     "backbone": "resnet50",
     "width": 64,
     "stem": "deep",
     "stem_width": 0,
     "output_stride": 16,
+}
+
+_SEGMENTATION: Mapping[str, Any] = {
+    "auxiliary": False,
+    "embedding": 0,
+    "decoder_dropout": 0.0,
+    "align_corners": False,
+}
+
+_CONVOLUTIONAL_SEGMENTATION: Mapping[str, Any] = {
+    **_CONVOLUTIONAL,
+    **_SEGMENTATION,
     "multi_grid": (1, 1, 1),
 }
 
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "deeplab_v3plus": {
-        **_BACKBONE,
+        **_CONVOLUTIONAL_SEGMENTATION,
         "separable": True,
         "aspp_rates": (6, 12, 18),
         "channels": 256,
         "low_level_channels": 48,
     },
     "deeplab_v2": {
-        **_BACKBONE,
+        **_CONVOLUTIONAL_SEGMENTATION,
         "backbone": "resnet101",
         "stem": "conv7",
         "output_stride": 8,
@@ -97,7 +105,7 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
         "stochastic_depth_schedule": "constant",
     },
     "pspnet": {
-        **_BACKBONE,
+        **_CONVOLUTIONAL_SEGMENTATION,
         "stem_width": 64,
         "output_stride": 8,
         "dilate_first": True,
@@ -109,12 +117,19 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
         "align_corners": True,
     },
     "setr": {
-        **_SHARED,
+        **_BACKBONE,
+        **_SEGMENTATION,
         "backbone": "vit_large",
         "preprocessing": "inception",
         "patch": 16,
         "tokens": 1,
         "channels": 256,
+        "stochastic_depth_schedule": "constant",
+    },
+    "classifier": {
+        **_CONVOLUTIONAL,
+        "stem": "conv7",
+        "output_stride": 32,
         "stochastic_depth_schedule": "constant",
     },
     "wide_resnet": {
@@ -127,7 +142,7 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "mlp": {**_ALL, "preprocessing": "mnist", "hidden": (256, 256)},
 }
 """`model.name` -> the other keys of `model`, as MKD, DMT, DARS, SETR and RML have these networks.
-The last two classify whole images.
+The last three classify whole images.
 """
 
 _SMALL_BACKBONE: Mapping[str, Any] = {"backbone": "resnet10", "width": 16}
@@ -142,10 +157,12 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "deeplab_v2": {**_SMALL_BACKBONE, "aspp_rates": (1, 2, 3, 4), "auxiliary_channels": 16},
     "pspnet": {**_SMALL_BACKBONE, "stem_width": 8, "channels": 48, "auxiliary_channels": 16},
     "setr": {"backbone": "vit_mini", "patch": 8, "channels": 48},
+    "classifier": _SMALL_BACKBONE,
     "wide_resnet": {"depth": 10, "widen": 1},
     "mlp": {"hidden": (128, 128)},
 }
-"""`model.name` -> what makes a network of half a million parameters or fewer of it, for small images.
+"""`model.name` -> what makes a network of it that has half a million parameters or fewer, for small
+images.
 """
 
 
@@ -730,7 +747,8 @@ def use_pretrained(config: Config) -> None:
     worth; the head stays as it is and keeps its rate.
 
     EfficientNet-Lite0 at stride 16, whatever the crop: at 64x128 a stride of 32 would leave 2x4
-    features, and one of 8 costs three times as much.
+    features, and one of 8 costs three times as much. To classify whole images the stride stays 32,
+    for which the weights were trained.
 
     Args:
       config: is changed.
@@ -739,11 +757,15 @@ def use_pretrained(config: Config) -> None:
       UserError: the network has no convolutional backbone.
     """
     if "output_stride" not in config.model:
+        advice = "Use the network classifier, which has one."
+        if "pretrained" in config.model:
+            advice = "Set --config.model.pretrained to a file or repository of its own kind."
         raise UserError(
-            f"The variant 'pretrained' is a convolutional backbone, and {config.model.name} has "
-            "none. Set --config.model.pretrained to a file or repository of its own kind."
+            "The variant 'pretrained' is a backbone with ImageNet weights, and "
+            f"{config.model.name} has none. {advice}"
         )
-    config.model.update(backbone="efficientnet_lite0", pretrained="imagenet", output_stride=16)
+    config.model.update(backbone="efficientnet_lite0", pretrained="imagenet")
+    config.model.output_stride = max(16, config.model.output_stride)
     rate = {"sgd": 0.01, "adamw": 0.001}[config.optimizer.name]
     config.optimizer.head_factor *= config.optimizer.learning_rate / rate
     config.optimizer.learning_rate = rate

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import importlib.metadata
 import pathlib
@@ -12,27 +11,17 @@ from PIL import Image
 
 from jaxssl import models
 from jaxssl.contracts import UserError, Variables
-from jaxssl.models import efficientnet_lite, layers, network, pretrained, pth
+from jaxssl.models import layers, pretrained, pth
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "efficientnet_lite.npz"
 CLASSES, KEPT = 7, 16
 IMAGENET = pretrained.FILES["efficientnet_lite0", "imagenet"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recognizer(network.LinenNetwork):
+def recognizer(num_classes=1000, output_stride=32):
     """The network that ImageNet's weights were trained in."""
-
-    output_stride: int = 32
-    mean = efficientnet_lite.MEAN
-    std = efficientnet_lite.STD
-
-    def module(self, *, batch_stats):
-        norm = self.norm(batch_stats)
-        return network.EncoderDecoder(
-            efficientnet_lite.EfficientNetLite0(norm, self.output_stride),
-            efficientnet_lite.Classifier(self.num_classes, norm),
-        )
+    fields = {"backbone": "efficientnet_lite0", "output_stride": output_stride}
+    return models.load({"name": "classifier", **fields}, num_classes)
 
 
 def jit(function):
@@ -47,8 +36,9 @@ def stages_and_logits(net, variables, image):
         module = net.module(batch_stats=False)
         trees = {"params": variables.params, "batch_stats": variables.stats}
         bound = module.bind(trees)
-        stages = bound.backbone(*net.inputs(image, None))
-        return stages, bound.head(stages)[0]
+        image, valid = net.inputs(image, None)
+        *stages, last = bound.backbone(image)
+        return stages, bound.head(last, valid).logits
 
     return jit(run)(variables, image)
 
@@ -68,7 +58,7 @@ def random_leaf(path, shape, rng):
 
 def random_network(output_stride, seed=0):
     """A network, random variables of it, and the same as `{path: array}`."""
-    net = Recognizer(num_classes=CLASSES, output_stride=output_stride)
+    net = recognizer(CLASSES, output_stride)
     rng, leaves = np.random.default_rng(seed), {}
 
     def draw(keys, leaf):
@@ -146,7 +136,7 @@ def test_depthwise_convolution_and_its_gradient(form, size, stride, dilation, sh
 
 
 def test_size_is_the_published_one():
-    count = sum(x.size for x in jax.tree.leaves(shapes_of(Recognizer(num_classes=1000)).params))
+    count = sum(x.size for x in jax.tree.leaves(shapes_of(recognizer()).params))
     assert round(count / 1e6, 1) == 4.7
 
 
@@ -210,15 +200,13 @@ def test_stages_and_logits_equal_pytorch(twins, output_stride, size):
 
 @pytest.fixture(scope="module")
 def weights():
-    """The published arrays, and the same as variables of `Recognizer`."""
+    """The published arrays, and the same as variables of `recognizer`."""
     try:
         importlib.metadata.distribution(IMAGENET.package)
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"{IMAGENET.package} is not installed")
     arrays = pth.read(pretrained.find(IMAGENET))
-    variables, report = pretrained.fill(
-        shapes_of(Recognizer(num_classes=1000)), arrays, IMAGENET.name_of
-    )
+    variables, report = pretrained.fill(shapes_of(recognizer()), arrays, IMAGENET.name_of)
     assert not report.missing
     assert all(name.endswith("num_batches_tracked") for name in report.unused)
     return arrays, variables
@@ -232,7 +220,7 @@ def test_published_weights_give_pytorchs_logits(twins, weights):
     image = random_image((224, 224))
     with twins.torch.no_grad():
         expected, _ = twin(twins.torch.from_numpy(image))
-    _, logits = stages_and_logits(Recognizer(num_classes=1000), variables, image)
+    _, logits = stages_and_logits(recognizer(), variables, image)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
@@ -260,5 +248,5 @@ def photographs():
 def test_photographs_are_recognized(weights):
     images, labels = photographs()
     assert len(images) == 20
-    _, logits = stages_and_logits(Recognizer(num_classes=1000), weights[1], images)
+    _, logits = stages_and_logits(recognizer(), weights[1], images)
     assert (logits.argmax(-1) == labels).sum() >= 16

@@ -1,11 +1,15 @@
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from test_models import apply, make, random_image
 
+from jaxssl import config as configs
+from jaxssl import phases, trained
 from jaxssl.contracts import UserError
 
 SIZE = (6, 5)
@@ -77,3 +81,31 @@ def test_one_size_alone(mlp):
 def test_refuses(hidden):
     with pytest.raises(UserError, match=r"model\.hidden is .* such as \(256,\)"):
         make(name="mlp", hidden=hidden)
+
+
+@pytest.mark.slow
+def test_no_statistics_pass_through_pmap_checkpoints_and_a_resumed_run(tmp_path):
+    config = configs.default()
+    configs.use_network(config, "mlp", hidden=(8,), dropout=0.5)
+    with config.unlocked():
+        config.data.update(name="digits", root="", split="1_8")
+    config.update(crop=(8, 8), steps=2, warmup=2, distributed="off", parallel="pmap")
+    config.batch.update(labeled=8, unlabeled=8)
+    config.augment.update(scale=(1.0, 1.0), flip=False)
+    config.method = ConfigDict({"name": "mean_teacher", "teacher_stats": "ema"})
+    config.log.update(every=1, tensorboard=False)
+    config.eval.update(every=2, batch=360, panels=0)
+    config.checkpoint.every = 2
+
+    def trained_weights():
+        assert phases.run(config, tmp_path) == 0
+        run = trained.open_trained(tmp_path)
+        return {name: run.variables(name, 4) for name in run.networks}
+
+    first = trained_weights()
+    assert {name: variables.stats for name, variables in first.items()} == {
+        "a": {},
+        "teacher_a": {},
+    }
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    jax.tree.map(np.testing.assert_array_equal, first, trained_weights())

@@ -228,7 +228,7 @@ def test_init():
 
 
 def test_load_refuses():
-    with pytest.raises(UserError, match=r"'deeplab'.*There are: deeplab_v2, deeplab_v3plus"):
+    with pytest.raises(UserError, match=r"'deeplab'.*There are: classifier, deeplab_v2, deep"):
         models.load({"name": "deeplab"}, 19)
     with pytest.raises(UserError, match=r"'layers'"):
         models.load({"name": "layers"}, 19)
@@ -254,7 +254,7 @@ def test_model_refuses(field, value):
         make(**{field: value})
 
 
-NETWORKS = ("deeplab_v2", "deeplab_v3plus", "mlp", "pspnet", "setr", "wide_resnet")
+NETWORKS = ("classifier", "deeplab_v2", "deeplab_v3plus", "mlp", "pspnet", "setr", "wide_resnet")
 SIZES = {"mlp": ("hidden", (4,)), "setr": ("patch", 4), "wide_resnet": ("widen", 4)}
 """What a network's size depends on, and a value of it; for the others it is the width."""
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxssl.contracts import Outputs
 from jaxssl.models import layers
 from jaxssl.models.layers import NormDef
 
@@ -144,6 +143,7 @@ class EfficientNetLite0(nn.Module):
       survival: probability that a residual branch is kept (stochastic depth).
       schedule: of the survival probability, "constant" or "linear".
       remat: computes a block's activations again in the backward pass instead of keeping them.
+      last: adds the 1x1 convolution that ImageNet's classifier reads.
     """
 
     norm: NormDef
@@ -151,47 +151,29 @@ class EfficientNetLite0(nn.Module):
     survival: float = 1.0
     schedule: str = "constant"
     remat: bool = False
+    last: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """`[B,H,W,3]` -> outputs of four stages with 24, 40, 112 and 320 channels, the first at
-        stride 4.
+        stride 4; then, if there is one, of the last convolution, with 1280.
         """
         x = ConvBN(32, self.norm, size=3, stride=2, name="stem")(x)
         block = nn.remat(Block) if self.remat else Block
         outputs: dict[int, jax.Array] = {}
         for b in plan(self.output_stride, self.survival, self.schedule):
             outputs[b.stage] = x = block(b, self.norm, name=b.name)(x)
-        return tuple(outputs[stage] for stage in range(4))
-
-
-class Classifier(nn.Module):
-    """The head that ImageNet's classes are recognized with.
-
-    Attributes:
-      num_classes: C.
-      norm: makes normalization layers.
-      dropout: probability that a channel of the classifier's input is dropped.
-    """
-
-    num_classes: int
-    norm: NormDef
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, stages: tuple[jax.Array, ...]) -> Outputs:
-        """Outputs of the stages -> logits `[B,C]` and features `[B,1280]`."""
-        x = ConvBN(1280, self.norm, name="last")(stages[-1]).mean((1, 2), keepdims=True)
-        outputs = layers.classify(x, self.num_classes, self.dropout)
-        return jax.tree.map(lambda x: x[:, 0, 0], outputs)
+        if self.last:
+            outputs[4] = ConvBN(1280, self.norm, name="last")(x)
+        return tuple(x for stage, x in outputs.items() if stage >= 0)
 
 
 def torch_name(path: tuple[str, ...]) -> str:
     """What the port to PyTorch calls a parameter or statistic.
 
     Args:
-      path: in the trees of a network with this backbone and `Classifier` as head, such as
-        ("backbone", "block3", "expand", "bn", "mean").
+      path: in the trees of a network that classifies images, such as ("backbone", "block3",
+        "expand", "bn", "mean").
     """
     *_, scope, layer, leaf = path
     block = next((name[5:] for name in path if name.startswith("block")), None)
