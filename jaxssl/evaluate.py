@@ -81,8 +81,8 @@ class Evaluation:
 
     def to_json(self, classes: Sequence[str]) -> dict[str, Any]:
         """`mode`, the score by its name and, by that of the measure, those of the classes that are
-        present, and names of `absent` ones; in classification also `confusion`, `calibration_error`
-        and `true_probability`.
+        present, and names of `absent` ones; in classification also `confusion`, the fields of
+        `reliability`, `calibration_error` and `true_probability`.
         """
         scores = zip(classes, self.per_class.tolist(), self.present, strict=True)
         present = {name: value for name, value, there in scores if there}
@@ -93,7 +93,12 @@ class Evaluation:
             "absent": [name for name in classes if name not in present],
         }
         if self.reliability is not None:
-            values |= {**self.calibration, "confusion": self.confusion.tolist()}
+            sums = {name: x.tolist() for name, x in self.reliability._asdict().items()}
+            values |= {
+                **self.calibration,
+                "confusion": self.confusion.tolist(),
+                "reliability": sums,
+            }
         return values
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxssl.contracts import DataInfo
+from jaxssl.metrics import Reliability, calibration_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def class_figure(info: DataInfo, labelings: Sequence[Mapping[str, Any]]) -> Figu
     axes.set_yscale("log")
     axes.set_ylim(floor, 130)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("share of pixels, %")
+    axes.set_ylabel(f"share of {_unit(info)}, %")
     axes.set_xlim(-0.6, len(order) - 0.4)
     ticks = [info.classes[i] for i in order]
     axes.set_xticks(range(len(order)), ticks, rotation=40, ha="right", rotation_mode="anchor")
@@ -60,14 +61,15 @@ def class_figure(info: DataInfo, labelings: Sequence[Mapping[str, Any]]) -> Figu
     return figure
 
 
-def quality_figure(labelings: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bars for the share of pixels that each labeling keeps, and for how many of these are right
-    where that is known.
+def quality_figure(info: DataInfo, labelings: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bars for the share of pixels, or images, that each labeling keeps, and for how many of these
+    are right where that is known.
 
     Args:
+      info: says what is labeled.
       labelings: of `read_labelings`, at least one.
     """
-    values = {"pixels with a pseudo-label": [one["kept"] for one in labelings]}
+    values = {f"{_unit(info)} with a pseudo-label": [one["kept"] for one in labelings]}
     if any(one["accuracy"] is not None for one in labelings):
         values["pseudo-labels that are right"] = [one["accuracy"] for one in labelings]
     figure = _figure(max(5.5, 1.5 + 1.3 * len(labelings)), 3.8)
@@ -109,7 +111,7 @@ def error_figure(labelings: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(shares, rates, "o-", color=color, markersize=5, label=one["phase"])
     axes.set_xlim(0, 103)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("surest pseudo-labels of all images, %")
+    axes.set_xlabel("surest pseudo-labels, %")
     axes.set_ylabel("wrong, %")
     figure.legend(loc="outside upper right", ncols=min(len(measured), 4), frameon=False)
     return figure
@@ -122,6 +124,39 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure((min(width, 40), height), layout="constrained")
+
+
+def reliability_figure(found: Reliability) -> Figure:
+    """How often predictions of a confidence are right, which is as often as it says on the line
+    that is drawn; and how many predictions there are of each.
+
+    Args:
+      found: sums by confidence.
+    """
+    figure = _figure(5.0, 5.2)
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    bins, some = len(found.all), found.all > 0
+    right, sure = (100 * x[some] / found.all[some] for x in (found.right, found.confidence))
+    places, width = ((np.arange(bins) + 0.5) * 100 / bins)[some], 94 / bins
+    for axes in (above, below):
+        _quiet(axes)
+    above.bar(places, right, width, color=_BLUE, label="right")
+    # Where the confidence of a bin is, which need not be its middle.
+    above.hlines(sure, places - width / 2, places + width / 2, color=_ORANGE, label="confidence")
+    above.plot((0, 100), (0, 100), "--", color="0.6", linewidth=1)
+    above.set_ylim(0, 103)
+    above.set_ylabel("%")
+    below.bar(places, 100 * found.all[some] / found.all.sum(), width, color="0.6")
+    below.set_ylabel("predictions, %")
+    below.set_xlim(0, 100)
+    below.set_xlabel("confidence, %")
+    error = f"calibration error {100 * calibration_error(found):.2f} %"
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, title=error)
+    return figure
+
+
+def _unit(info: DataInfo) -> str:
+    return "images" if info.task == "classification" else "pixels"
 
 
 def _shade(i: int, count: int) -> tuple[float, ...]:

@@ -1,4 +1,6 @@
-"""Pictures of what the networks see and say: a sheet with a row per image, a column per view."""
+"""Pictures of what the networks see and say: a sheet with a row per image, a column per view; and
+which classes they take for which.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ _MIN_WIDTH, _MAX_WIDTH = (
 )  # of a tile; smaller ones grow by a whole factor, larger ones shrink
 _GAP, _LINE, _SWATCH = 8, 24, 14
 _PAPER, _INK, _GRAY = (255, 255, 255), (28, 30, 34), (110, 114, 122)
+_DARKEST = (8, 48, 107)
 _HATCH = np.array([[20, 21, 25], [92, 96, 106]], np.uint8)
 
 
@@ -84,6 +87,54 @@ def write(
     return picture
 
 
+def confusion(counts: np.ndarray, info: DataInfo) -> np.ndarray:
+    """Draws which classes are taken for which: a row for each true class, the darker the larger the
+    share of it that is taken for the class of the column; in percent where classes are few.
+
+    Shades follow the square root of the share, so that what is rare can be seen.
+
+    Args:
+      counts: confusion matrix `[C,C]`, rows are the truth.
+      info: class names.
+
+    Returns:
+      uint8 `[H,W,3]`.
+    """
+    C, few = info.num_classes, info.num_classes <= 20
+    cell, size = (44, 14) if few else (14, 11)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in info.classes]
+    margin = math.ceil(max(map(_font(size).getlength, names))) + _GAP
+    corner, side = (_LINE + margin, _GAP), C * cell
+    sheet = Image.new("RGB", (corner[0] + side + _GAP, corner[1] + side + margin + _LINE), _PAPER)
+    shade = np.sqrt(shares)
+    colors = _PAPER + shade[..., None] * (np.array(_DARKEST) - _PAPER)
+    matrix = Image.fromarray(colors.astype(np.uint8))
+    sheet.paste(matrix.resize((side, side), Image.Resampling.NEAREST), corner)
+    # What stands beside the rows stands below the columns, turned.
+    beside = Image.new("RGB", (margin, side), _PAPER)
+    pen = ImageDraw.Draw(beside)
+    for i, name in enumerate(names):
+        _write(pen, (margin - _GAP // 2, round((i + 0.5) * cell)), name, _INK, size, "rm")
+    sheet.paste(beside, (_LINE, corner[1]))
+    sheet.paste(beside.transpose(Image.Transpose.ROTATE_90), (corner[0], corner[1] + side))
+    pen = ImageDraw.Draw(sheet)
+    if few:
+        for row, column in np.argwhere(counts).tolist():
+            x, y = (corner[i] + round((at + 0.5) * cell) for i, at in enumerate((column, row)))
+            share = shares[row, column]
+            text = f"{100 * share:.0f}" if share >= 0.005 else "<1"
+            _write(pen, (x, y), text, _PAPER if shade[row, column] > 0.5 else _INK, size, "mm")
+    title = Image.new("RGB", (side, _LINE), _PAPER)
+    for name, turn in (("predicted", 0), ("true", 90)):
+        pen = ImageDraw.Draw(title)
+        pen.rectangle((0, 0, side, _LINE), fill=_PAPER)
+        _write(pen, (side // 2, _LINE // 2), name, _GRAY, 13, "mm")
+        place = (0, corner[1]) if turn else (corner[0], sheet.height - _LINE)
+        sheet.paste(title.rotate(turn, expand=True), place)
+    return np.array(sheet)
+
+
 def _draw(tile: np.ndarray, info: DataInfo) -> Image.Image:
     """The tile in color, at a size for looking at."""
     size = _size(tile.shape[1], tile.shape[0])
@@ -129,9 +180,14 @@ def _legend(
 
 
 def _write(
-    pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, color: tuple[int, int, int], size: int
+    pen: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    text: str,
+    color: tuple[int, int, int],
+    size: int,
+    anchor: str = "lm",
 ) -> None:
-    pen.text(at, text, fill=color, font=_font(size), anchor="lm")
+    pen.text(at, text, fill=color, font=_font(size), anchor=anchor)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

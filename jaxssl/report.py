@@ -1,12 +1,15 @@
 """What came of a run, in tables and pictures: scores by phase, pseudo-labels by round.
 
 `python -m jaxssl.report --workdir=W` reads what training wrote, be it finished or not, and runs no
-network. It prints two tables and writes to the folder W/report:
+network. It prints tables and writes to the folder W/report:
 
+  confusion.png      which classes the reported network takes for which, where labels are classes of
+                     whole images
+  calibration.png    how sure it is, beside how often it is right then, likewise
   classes.png        how often each class is in the labels, and among the pseudo-labels of each
                      round (Figure 1 of DARS)
-  pseudo_labels.png  which share of the pixels each round labels and, where the run measured it
-                     (config.eval.unlabeled_truth), which share of these labels is right
+  pseudo_labels.png  which share of the pixels, or images, each round labels and, where the run
+                     measured it (config.eval.unlabeled_truth), which share of these labels is right
   errors.png         where it was measured, which share of the surest labels of each round is wrong
                      (Figure 1 of DMT)
   report.json        all numbers; shares are in [0,1]
@@ -32,16 +35,23 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from PIL import Image
 
-from jaxssl import comparison, logs, metrics
+from jaxssl import comparison, logs, metrics, panels
 from jaxssl.contracts import DataInfo, UserError
 from jaxssl.data import cityscapes, files
 from jaxssl.data.pseudo_labels import Store
-from jaxssl.figures import class_figure, error_figure, quality_figure
-from jaxssl.trained import Trained, open_trained
+from jaxssl.figures import class_figure, error_figure, quality_figure, reliability_figure
+from jaxssl.trained import Trained, evaluation_path, open_trained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Picture: TypeAlias = "Figure | np.ndarray"
+"""To be written as a PNG file; an array is uint8 `[H,W,3]`."""
 
 TAIL_SHARE = 0.1
 """The rarest classes that together hold at most this share of the labeled pixels are the tail."""
@@ -128,34 +138,27 @@ def report(run: Trained, console: logs.Console) -> dict[str, Any]:
         prior = {name: values["of_labels"] or 0.0 for name, values in classes}
     tail = tail_classes(run.info, prior)
     scores = read_scores(run, tail)
-    measure = metrics.MEASURES[run.info.task]
-    console.table(
-        f"{measure.title} % on validation images, and the mean over {len(tail)} tail classes",
-        ("phase", "network", "last", "tail", "best", "tail", "at step", "mode"),
-        [_score_row(one, measure.name) for one in scores],
-    )
-    console.message(f"Tail classes: {', '.join(tail) or 'none'}")
-    folder = run.workdir / "report"
+    whole, folder = run.info.task == "classification", run.workdir / "report"
+    _show_scores(run.info, scores, tail, console)
     found = {"tail": list(tail), "scores": scores, "labelings": labelings}
-    files.write_json(folder / "report.json", found)
-    written = ["report.json"]
+    pictures: dict[str, Picture] = {}
+    if whole and (result := read_result(run)) is not None:
+        found |= {"result": result}
+        pictures |= _show_result(run.info, result, console)
     if labelings:
         columns = ("phase", "labeled by", "step", "images", "kept %", "KL", "accuracy %")
         rows = [_labeling_row(one) for one in labelings]
         console.table("Pseudo-labels, and KL(labels || pseudo-labels)", columns, rows)
-        pictures = {
-            "classes.png": class_figure(run.info, labelings),
-            "pseudo_labels.png": quality_figure(labelings),
-        }
+        pictures["classes.png"] = class_figure(run.info, labelings)
+        pictures["pseudo_labels.png"] = quality_figure(run.info, labelings)
         if any(one.get("errors") for one in labelings):
             pictures["errors.png"] = error_figure(labelings)
-        for name, figure in pictures.items():
-            with files.whole(folder / name) as file:
-                figure.savefig(file, format="png", dpi=150)
-        written += pictures
     else:
         console.message("No phase of this run has learned from stored pseudo-labels.")
-    console.message(f"Written to {folder}: {', '.join(written)}")
+    files.write_json(folder / "report.json", found)
+    for name, picture in pictures.items():
+        _write_picture(folder / name, picture)
+    console.message(f"Written to {folder}: {', '.join(['report.json', *pictures])}")
     return found
 
 
@@ -182,7 +185,8 @@ def read_scores(run: Trained, tail: Sequence[str]) -> list[dict[str, Any]]:
     Returns:
       For each phase and network, the headline first: `phase`, `network`, `mode`, and `last` and
       `best` with `step`, the score by its name (`miou` or `accuracy`), `tail` (mean over the tail
-      classes that occur, or None) and `iou` or `class_accuracy` by class; all in [0,1].
+      classes that occur, or None), `iou` or `class_accuracy` by class, and `calibration_error` of
+      whole images; all in [0,1].
     """
     measure = metrics.MEASURES[run.info.task]
     name = measure.name
@@ -201,6 +205,20 @@ def read_scores(run: Trained, tail: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
+def read_result(run: Trained) -> dict[str, Any] | None:
+    """The reported network's best evaluation of whole images: `network`, `step`, and what
+    `Evaluation.to_json` says; None before the first one.
+    """
+    if run.best is None:
+        return None
+    path = evaluation_path(run.workdir, run.best["step"])
+    try:
+        stored = json.loads(path.read_text())[run.headline]
+    except FileNotFoundError:  # of a run that is older than these files
+        return None
+    return {"network": run.headline, "step": run.best["step"], **stored}
+
+
 def read_labelings(run: Trained) -> list[dict[str, Any]]:
     """What the labeling before each phase came to (`labeling.summarize`), in order."""
     stores = (Store.of(run.workdir, phase, run.info) for phase, _ in run.phases)
@@ -214,9 +232,11 @@ def _score(
     start = f"val/{network}/{measure.of_class}/"
     classes = {key.removeprefix(start): x for key, x in line.items() if key.startswith(start)}
     known = [classes[name] for name in tail if classes.get(name) is not None]
+    error = f"val/{network}/calibration_error"
     return {
         "step": line["step"],
         measure.name: line[f"val/{network}/{measure.name}"],
+        **({"calibration_error": line[error]} if error in line else {}),
         "tail": float(np.mean(known)) if known else None,
         measure.of_class: classes,
     }
@@ -235,9 +255,54 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
-def _score_row(one: Mapping[str, Any], score: str) -> tuple[object, ...]:
-    shares = (one[which][what] for which in ("last", "best") for what in (score, "tail"))
-    return one["phase"], one["network"], *map(_percent, shares), one["best"]["step"], one["mode"]
+def _show_scores(
+    info: DataInfo, scores: Sequence[Mapping[str, Any]], tail: Sequence[str], console: logs.Console
+) -> None:
+    measure = metrics.MEASURES[info.task]
+    words, what, beside = f"the mean over {len(tail)} tail classes", "tail", "tail"
+    if info.task == "classification":
+        words, what, beside = "the calibration error %", "calibration_error", "error"
+    keys = [(which, key) for which in ("last", "best") for key in (measure.name, what)]
+    rows = [
+        (
+            *(one["phase"], one["network"], *(_percent(one[which][key]) for which, key in keys)),
+            *(one["best"]["step"], one["mode"]),
+        )
+        for one in scores
+    ]
+    columns = ("phase", "network", "last", beside, "best", beside, "at step", "mode")
+    console.table(f"{measure.title} % on validation images, and {words}", columns, rows)
+    if what == "tail":
+        console.message(f"Tail classes: {', '.join(tail) or 'none'}")
+
+
+def _show_result(
+    info: DataInfo, result: Mapping[str, Any], console: logs.Console
+) -> dict[str, Picture]:
+    """Prints the accuracy of each class; draws what is taken for what, and how sure that is."""
+    measure, confusion = metrics.MEASURES[info.task], np.array(result["confusion"])
+    scores = metrics.class_accuracy(confusion)
+    console.class_table(
+        info.classes,
+        scores,
+        ~np.isnan(scores),
+        title=f"Network {result['network']}, step {result['step']}, {result['mode']}, "
+        f"{measure.title} {_percent(result[measure.name])} %",
+        column=measure.class_title,
+    )
+    sums = {name: np.array(values) for name, values in result["reliability"].items()}
+    return {
+        "confusion.png": panels.confusion(confusion, info),
+        "calibration.png": reliability_figure(metrics.Reliability(**sums)),
+    }
+
+
+def _write_picture(path: Path, picture: Picture) -> None:
+    with files.whole(path) as file:
+        if isinstance(picture, np.ndarray):
+            Image.fromarray(picture).save(file, "PNG")
+        else:
+            picture.savefig(file, format="png", dpi=150)
 
 
 def _labeling_row(summary: Mapping[str, Any]) -> tuple[object, ...]:

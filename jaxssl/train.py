@@ -28,7 +28,7 @@ from jaxssl.contracts import (
     Variables,
     Weights,
 )
-from jaxssl.data import loading, pipeline, quarantine
+from jaxssl.data import files, loading, pipeline, quarantine
 from jaxssl.data.pseudo_labels import PseudoLabeled, Store
 from jaxssl.data.transforms import Augment
 from jaxssl.evaluate import Evaluation, Evaluator, show
@@ -301,6 +301,8 @@ def evaluate(
         watched = run.watcher(state, (step - run.begin(index)) / phase.steps)
         _log_scores(run, phase, step, scores, watched)
         _show_scores(run, f"{phase.name}: ", step, scores, watched, everything=everything)
+        if run.evaluator.whole_labels and jax.process_index() == 0:
+            write_evaluations(run, step, scores)
         if run.config.eval.panels and jax.process_count() == 1:
             write_panels(run, headline, state, step)
         choice = scores[headline].score
@@ -308,6 +310,17 @@ def evaluate(
             choice = run.chooser(headline, state.network(headline)).choice
             run.logger.write(step, phase.name, {f"holdout/{headline}/choice": choice})
     return trusted and _note_best(run, phase, headline, step, scores[headline], choice)
+
+
+def write_evaluations(run: Run, step: int, scores: Mapping[str, Evaluation]) -> None:
+    """Keeps what networks take for what, and how sure they are, which is more than metrics.jsonl
+    holds; TensorBoard shows the former of the first one.
+    """
+    info = run.sources["val"].info
+    found = {name: score.to_json(info.classes) for name, score in scores.items()}
+    files.write_json(trained.evaluation_path(run.workdir, step), found)
+    headline = next(iter(scores.values()))
+    run.logger.image(step, "confusion", panels.confusion(headline.confusion, info))
 
 
 def _note_best(

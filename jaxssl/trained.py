@@ -209,6 +209,11 @@ def read_network(
     )
 
 
+def evaluation_path(workdir: Path, step: int) -> Path:
+    """Where `Evaluation.to_json` of networks that classify whole images stands, by name."""
+    return workdir / "evaluations" / f"{step:07d}.json"
+
+
 def has_begun(workdir: Path) -> bool:
     """Whether a run logged, labeled or saved anything in a workdir, which another one would mix
     with.

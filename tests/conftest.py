@@ -307,6 +307,32 @@ def dars_run(tmp_path_factory):
     return workdir
 
 
+def digits_config(patch):
+    """DMT on the embedded digits, with a small perceptron, on one device."""
+    first, make_mesh = jax.devices()[:1], sharding.make_mesh
+    patch.setattr(sharding, "make_mesh", lambda devices=None: make_mesh(first))
+    config = configs.default()
+    configs.use_network(config, "mlp", hidden=(16,))
+    with config.unlocked():
+        config.data.update(name="digits", root="", split="50")
+    config.update(crop=(8, 8), warmup=60, steps=80, distributed="off", compilation_cache="")
+    config.method = ConfigDict({"name": "dmt_images", "ratios": (0.3, 1.0), "ema_decay_max": 0.8})
+    config.batch.update(labeled=10, unlabeled=20)
+    config.augment.update(scale=(1.0, 1.0), flip=False)
+    config.optimizer.update(name="adamw", learning_rate=0.01, weight_decay=0.1)
+    config.eval.update(every=30, mode="center_crop", batch=120, panels=0, unlabeled_truth=True)
+    return config
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The workdir of a run of `digits_config`; to be copied."""
+    workdir = tmp_path_factory.mktemp("digits") / "w"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        assert phases.run(digits_config(patch), workdir) == 0
+    return workdir
+
+
 @pytest.fixture
 def workdir(dars_run, tmp_path, monkeypatch):
     """A copy of `dars_run`, beside its network and its device."""

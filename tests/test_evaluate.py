@@ -450,7 +450,7 @@ def test_whole_images_are_scored_by_accuracy(changes):
     written = score.to_json(INFO.classes)
     assert (written["accuracy"], written["true_probability"]) == (score.score, score.choice)
     assert written["class_accuracy"].keys() == {"b", "c", "d"}
-    assert np.sum(written["confusion"]) == len(source) - 1
+    assert np.sum(written["confusion"]) == np.sum(written["reliability"]["all"]) == len(records)
 
 
 def test_whole_images_are_seen_one_by_one():

@@ -110,3 +110,27 @@ def test_write(tmp_path):
         np.testing.assert_array_equal(np.asarray(image), picture)
     np.testing.assert_array_equal(picture, panels.panel(rows, INFO, ["truth"]))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_confusions_are_shaded_by_their_share():
+    info = DataInfo(("a", "b", "c" * 90), ((0, 0, 0),) * 3, "classification")
+    counts = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    picture = panels.confusion(counts, info)
+    assert picture.dtype == np.uint8
+    side = 44
+    top, left = 8, picture.shape[1] - 8 - 3 * side
+    cells = [[picture[top + side * i + 3, left + side * j + 3] for j in range(3)] for i in range(3)]
+    darkest = np.array([8, 48, 107])
+    for cell, share in zip(np.reshape(cells, (9, 3)), (counts / 4).ravel(), strict=True):
+        np.testing.assert_allclose(cell, 255 + np.sqrt(share) * (darkest - 255.0), atol=1)
+
+
+@pytest.mark.parametrize(("classes", "side"), [(20, 44), (100, 14)])
+def test_confusions_fit_their_picture(classes, side):
+    info = DataInfo(tuple(f"name {i}" for i in range(classes)), ((0, 0, 0),) * classes)
+    picture = panels.confusion(np.eye(classes, dtype=int), info)
+    assert classes * side < min(picture.shape[:2]) < classes * side + 120
+    assert (picture[-24:] < 255).any()  # "predicted"
+    beside, below = picture[8 : 8 + classes * side, 24:72], picture[8 + classes * side : -24]
+    assert (beside < 200).any((1, 2)).reshape(classes, side).any(1).all()  # a name each
+    assert (below < 200).any((0, 2))[-8 - classes * side : -8].reshape(classes, side).any(1).all()

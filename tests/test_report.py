@@ -8,13 +8,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import dars_config, forward, nearest
+from conftest import dars_config, digits_config, forward, nearest
 from PIL import Image
+from sklearn import metrics as sklearn
 
 from jaxssl import report, trained
 from jaxssl.contracts import DataInfo
 from jaxssl.data import cityscapes, loading
-from jaxssl.figures import class_figure, error_figure, quality_figure
+from jaxssl.figures import class_figure, error_figure, quality_figure, reliability_figure
+from jaxssl.metrics import Reliability
 from jaxssl.report import CITYSCAPES_TAIL, main, tail_classes
 
 HEAD = ("road", "sidewalk", "building", "vegetation", "sky", "car")
@@ -112,6 +114,72 @@ def test_scores_of_another_mode_do_not_compare(workdir):
     assert (other["network"], other["best"], other["best"]["tail"]) == ("b", other["last"], 0.25)
 
 
+@pytest.fixture(scope="module")
+def reported_digits(digits_run, tmp_path_factory):
+    """The workdir of a run that classifies, after a report, and what that printed."""
+    workdir = shutil.copytree(digits_run, tmp_path_factory.mktemp("reported") / "w")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        digits_config(patch)
+        assert main([f"--workdir={workdir}"]) == 0
+    return workdir, out.getvalue()
+
+
+def test_whole_images_are_reported(reported_digits):
+    workdir, printed = reported_digits
+    found, run = read(workdir, "report.json"), trained.open_trained(workdir)
+    one = next(x for x in found["scores"] if x["phase"] == "round_2")
+    assert (one["network"], one["best"]["step"]) == (run.headline, run.best["step"])
+    lines = {line["step"]: line for line in logged(workdir) if "val/accuracy" in line}
+    line, result = lines[run.best["step"]], found["result"]
+    assert one["best"]["accuracy"] == line["val/accuracy"] == result["accuracy"] > 0.5
+    error = line["val/teacher_a/calibration_error"]
+    assert one["best"]["calibration_error"] == error == result["calibration_error"]
+    row = f"{100 * one['best']['accuracy']:.2f} {100 * error:.2f} {run.best['step']} center_crop"
+    assert row in " ".join(printed.split())
+
+    source = loading.load(run.config.data, "val", True)
+    images, truth = (np.stack([x[name] for x in source]) for name in ("image", "label"))
+    logits = run.net().apply(*run.variables(), images, batch_stats=False)[0].logits
+    p = np.asarray(jax.nn.softmax(logits))
+    np.testing.assert_array_equal(
+        result["confusion"], sklearn.confusion_matrix(truth, p.argmax(1), labels=range(10))
+    )
+    bins = np.minimum((15 * p.max(1)).astype(int), 14)
+    sums = result["reliability"]
+    np.testing.assert_array_equal(sums["all"], np.bincount(bins, minlength=15))
+    right = np.bincount(bins, p.argmax(1) == truth, minlength=15)
+    np.testing.assert_array_equal(sums["right"], right)
+    expected = np.abs(right - np.bincount(bins, p.max(1), minlength=15)).sum() / len(p)
+    assert error == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_evaluation_shows_its_confusions(digits_run):
+    steps = {line["step"] for line in logged(digits_run) if "val/accuracy" in line}
+    kept = {int(path.stem) for path in (digits_run / "evaluations").iterdir()}
+    assert kept == steps
+    (events,) = (digits_run / "tensorboard").iterdir()
+    shown = events.read_bytes().count(b"confusion")
+    assert shown == len(steps)
+
+
+def test_pictures_of_whole_images_are_written(reported_digits):
+    names = {path.name for path in (reported_digits[0] / "report").iterdir()}
+    drawn = ("confusion.png", "calibration.png", "classes.png", "pseudo_labels.png", "errors.png")
+    assert names == {"report.json", *drawn}
+
+
+def test_bars_are_how_often_confidences_are_right():
+    every, right, sure = np.zeros((3, 5))
+    every[1:4:2], right[1:4:2], sure[1:4:2] = (10, 30), (2, 27), (3, 21)
+    above, below = reliability_figure(Reliability(every, right, sure, sure)).axes
+    assert [bar.get_height() for bar in above.patches] == pytest.approx([20, 90])
+    assert [bar.get_x() + bar.get_width() / 2 for bar in above.patches] == pytest.approx([30, 70])
+    heights = [segment[0, 1] for segment in above.collections[0].get_segments()]
+    assert heights == pytest.approx([30, 70])
+    assert [bar.get_height() for bar in below.patches] == pytest.approx([25, 75])
+    assert above.figure.legends[0].get_title().get_text() == "calibration error 17.50 %"
+
+
 # Shares of the labeled pixels in Cityscapes' train set, in %.
 CITYSCAPES = {
     "road": 36.88, "building": 22.82, "vegetation": 15.93, "car": 7.00, "sidewalk": 6.08,
@@ -195,11 +263,11 @@ def test_bars_are_the_shares_of_classes():
 
 
 def test_bars_are_the_quality_of_pseudo_labels():
-    axes = quality_figure(LABELINGS).axes[0]
+    axes = quality_figure(INFO, LABELINGS).axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([20, 50, 90, 80])
     assert {"20.0", "50.0", "90.0", "80.0"} == {text.get_text() for text in axes.texts}
     unknown = [{**one, "accuracy": None} for one in LABELINGS]
-    axes = quality_figure(unknown).axes[0]
+    axes = quality_figure(INFO, unknown).axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([20, 50])
 
 
