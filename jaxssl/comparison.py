@@ -29,7 +29,7 @@ from jaxssl import (
 )
 from jaxssl.calibration import Calibration, Sample, Temperature
 from jaxssl.contracts import IGNORE_LABEL, DataInfo, Phase, Source, UserError
-from jaxssl.data import files, loading, pipeline
+from jaxssl.data import files, loading
 from jaxssl.data.pseudo_labels import Store
 from jaxssl.data.splits import Split
 from jaxssl.evaluate import Evaluator
@@ -59,7 +59,7 @@ def compare(
       network: that labels; None takes the first round's.
       step: "best", "last" or a number; None takes the one that it labeled at, where it is kept.
       ratio: share of the pixels to keep; None takes the first round's, or .2.
-      pixels: of validation images to fit on, at most.
+      pixels: of validation images to fit on, at most; or images, where each is labeled as a whole.
       images: unlabeled images to label, at most.
 
     Returns:
@@ -85,7 +85,7 @@ def compare(
     look = _Look(run, network, number, how, sources["val"], console)
     unlabeled = loading.evenly_spaced(sources["unlabeled"], images or len(sources["unlabeled"]))
     console.message(
-        f"Calibration: {network} at step {number}, {how}; up to {pixels} pixels of "
+        f"Calibration: {network} at step {number}, {how}; up to {pixels} labels of "
         f"{len(sources['val'])} validation images, then {len(unlabeled)} unlabeled images."
     )
     sample = look.sample(sources["val"], pixels)
@@ -210,8 +210,7 @@ class _Look:
     def _batches(
         self, source: Source, on_damage: Callable[[int, str], None] | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        batch, bucket = self._run.batch, self._run.bucket
-        return pipeline.in_order(source, batch, bucket=bucket, on_damage=on_damage)
+        return self._run.batches(source, on_damage=on_damage)
 
     def _each(
         self,
@@ -299,7 +298,7 @@ def _kept_json(
 
 def _show(found: Mapping[str, Any], console: logs.Console) -> None:
     console.table(
-        f"Fitted on {found['pixels']} validation pixels, T = {found['temperature']:.3f}",
+        f"Fitted on {found['pixels']} validation labels, T = {found['temperature']:.3f}",
         ("calibration", "cross entropy", "calibration error %"),
         [
             (name, f"{one['cross_entropy']:.4f}", f"{100 * one['calibration_error']:.2f}")

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--network", help="that labels (default: the one that labeled before the first round)")
     add("--step", help="best, last or a number (default: when it labeled, else best)")
     add("--ratio", type=float, help="share of pixels to keep (default: the first round's, or 0.2)")
-    add("--pixels", type=int, default=200_000, help="of validation to fit on (default: 200000)")
+    add("--pixels", type=int, default=200_000, help="of validation, or images, to fit on (200000)")
     add("--images", type=int, help="unlabeled images to label, evenly spaced (default: all)")
     add("--config.data.root", dest="root", metavar="DIR", help="where the data are now")
     return parser

@@ -101,6 +101,29 @@ def test_calibration_is_that_of_all_pixels(workdir, capsys):
     assert found["rules"]["DARS"]["kl"] < found["rules"]["ST"]["kl"]
 
 
+def test_whole_images_are_compared(digits_run, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(digits_run, tmp_path / "w")
+    conftest.digits_config(monkeypatch)
+    assert report.main([f"--workdir={workdir}", "--calibration"]) == 0
+    found, run = read(workdir), trained.open_trained(workdir)
+    assert (found["network"], found["step"], found["ratio"]) == ("teacher_a", 60, 0.3)
+    sources = sources_of(run, workdir)
+    truth, variables = labels_of(sources["val"]), run.variables("teacher_a", 60)
+
+    def probabilities(source):
+        images = jax.numpy.stack([one["image"] for one in source])
+        return softmax(np.asarray(run.net().apply(*variables, images, batch_stats=False)[0].logits))
+
+    assert found["pixels"] == len(truth) == 360
+    expected = log_loss(truth, probabilities(sources["val"]), labels=range(10))
+    assert found["calibrations"]["none"]["cross_entropy"] == pytest.approx(expected, rel=1e-4)
+    p = probabilities(sources["unlabeled"])
+    surest = p.max(1) >= np.sort(p.max(1))[::-1][math.ceil(0.3 * len(p)) - 1]
+    shares = np.bincount(p.argmax(1)[surest], minlength=10) / surest.sum()
+    single = [*found["rules"]["ST"]["classes"].values()]
+    np.testing.assert_allclose(single, shares, atol=0.01)
+
+
 def test_another_network_is_taken_where_what_labeled_first_is_not_kept(workdir, capsys):
     path = workdir / "pseudo_labels" / "round_1" / "summary.json"
     stored = json.loads(path.read_text())
