@@ -6,7 +6,7 @@ Command, with --config.data.root=DIR for the folder that holds leftImg8bit and g
   python -m jaxssl.main --config=configs/u2pl_cityscapes.py:streets,pretrained --workdir=W
 
 Cost: a student and its teacher, three forward passes a step, one backward. With 1_16 there are
-  34863 updates on 16 + 16 crops of 769x769, which the paper does not say the time of. The memory
+  34862 updates on 16 + 16 crops of 769x769, which the paper does not say the time of. The memory
   bank takes 0.9 GiB, and while a step runs twice that; --config.method.bank_dtype=bfloat16 halves
   it, --config.method.teacher_forwards=one saves a third of the teacher's time. On smaller machines:
   --config.model.dtype=bfloat16, --config.model.remat, --config.batch.accumulate=4. What contrast

@@ -552,6 +552,7 @@ def u2pl(**changes: Any) -> Config:
             "ohem": False,
             "ohem_threshold": 0.7,
             "ohem_min_kept": 50_000,
+            "auxiliary_weight": 0.4,
             "teacher_stats": "ema",
         }
     )

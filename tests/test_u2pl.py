@@ -161,14 +161,15 @@ def test_limits_of_ranks_shrink_with_the_classes(num_classes, limits):
     assert not u2pl.Method(rank_low=1).notes(num_classes)
 
 
-@pytest.mark.parametrize("limits", [(3, 20), (1, 3), (2, 4), None])
+@pytest.mark.parametrize("limits", [(3, 20), (1, 3), (2, 4), (3, 256), None])
 def test_negatives_are_equations_13_to_15(limits):
     rng = np.random.default_rng(0)
     labels, labeled = rng.integers(0, C, 60).astype(np.uint8), rng.random(60) < 0.5
     ranks = ranks_of(rng.random((60, C)))
     low, high = limits or (C, C)
     for c in range(C):
-        found = u2pl.is_negative(c, labels, jnp.asarray(ranks[:, c]), jnp.asarray(labeled), limits)
+        rank = jnp.asarray(ranks[:, c], jnp.uint8)
+        found = u2pl.is_negative(c, labels, rank, jnp.asarray(labeled), limits)
         for j in range(60):
             if labeled[j]:
                 expected = labels[j] != c and 0 <= ranks[j, c] < low
@@ -713,6 +714,9 @@ def test_whole_images_with_a_label_are_refused():
         ({"rank_low": 20}, "leave no ranks"),
         ({"temperature": 0.0}, "no number above 0"),
         ({"keys": 0}, "method.keys=0 is too small"),
+        ({"lambda_c": -0.1}, r"method.lambda_c=-0\.1 is below 0"),
+        ({"eta": -1.0}, "is below 0"),
+        ({"ohem_min_kept": -1}, "is below 0"),
         ({"capacity": 512}, "would fill the bank"),
     ],
 )

@@ -114,6 +114,9 @@ class Method(supervised.TeacherStudent):
         for field in ("temperature", "ohem_threshold"):
             if not 0 < getattr(self, field) < math.inf:
                 raise UserError(f"method.{field}={getattr(self, field)} is no number above 0.")
+        for field in ("lambda_c", "eta", "ohem_min_kept"):
+            if getattr(self, field) < 0:
+                raise UserError(f"method.{field}={getattr(self, field)} is below 0.")
         if not 1 <= self.rank_low < self.rank_high:
             raise UserError(
                 f"method.rank_low={self.rank_low} and method.rank_high={self.rank_high} leave no "
@@ -462,6 +465,7 @@ def is_negative(
     if limits is None:
         return other | ~labeled
     low, high = limits
+    rank = rank.astype(jnp.int32)  # bytes would wrap a limit of 256 around
     return jnp.where(labeled, other & (rank < low), (low <= rank) & (rank < high))
 
 
