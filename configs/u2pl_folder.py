@@ -8,8 +8,8 @@ Command:
 What DIR holds, and the variants, are those of mkd_folder.py. With two or three classes, ranks of
 probability mean less, and a run says so.
 
-Cost: a student and its teacher, three forward passes a step, one backward, and a memory bank of 30
-  MiB for each class (small: 0.1 MiB).
+Cost: a student and its teacher, three forward passes a step, one backward, and a memory bank of 49
+  MiB for each class (small: 0.1 MiB), of which a step makes a second one.
 
 Published: none. Compare with configs/supervised_folder.py, which learns from the masks alone.
 """

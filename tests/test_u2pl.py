@@ -693,14 +693,6 @@ def test_a_network_without_a_representation_is_refused():
     assert make_state(u2pl.Method(lambda_c=0.0), {"a": Plain()}).extra == {}
 
 
-def test_whole_images_with_a_label_are_refused():
-    method, batch = u2pl.Method(**SMALL), image_batch()
-    del batch["unlabeled"]["valid"]
-    state = make_state(method, {"a": NET})
-    with pytest.raises(UserError, match="it needs masks"):
-        loss_of(method, batch)(state.params, state)
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -80,6 +80,8 @@ class Method(supervised.TeacherStudent):
       ohem_min_kept: pixels per image that count at least.
     """
 
+    tasks = ("segmentation",)
+
     lambda_c: float = 0.1
     eta: float = 1.0
     alpha_0: float = 20.0
@@ -191,7 +193,7 @@ class Method(supervised.TeacherStudent):
     ) -> tuple[jax.Array, Aux]:
         """Equation 1; labeled and mixed images share a BatchNorm batch."""
         del frozen
-        labeled, net = batch["labeled"], nets["a"]
+        net, labeled = nets["a"], batch["labeled"]
         if phase.name == supervised.WARMUP:
             return supervised.warmup_loss(
                 self,
@@ -203,12 +205,10 @@ class Method(supervised.TeacherStudent):
                 auxiliary_weight=self.auxiliary_weight,
                 criterion=self._criterion,
             )
-        unlabeled = batch["unlabeled"]
-        if "valid" not in unlabeled:
-            raise UserError("U2PL learns pixel by pixel: it needs masks.")
         mask_key, dropout_key, contrast_key = jax.random.split(key, 3)
-        mask = self._mask(mask_key, unlabeled["valid"].shape)
-        mixed = {name: mixing.mix(mask, unlabeled[name]) for name in ("image", "valid")}
+        weak = {name: batch["unlabeled"][name] for name in ("image", "valid")}
+        mask = self._mask(mask_key, weak["valid"].shape)
+        mixed = {name: mixing.mix(mask, x) for name, x in weak.items()}
         images = supervised.joined({"labeled": labeled, "unlabeled": mixed})
         teacher, n = state.network(TEACHER + "a"), len(labeled["image"])
         seen = jax.lax.stop_gradient(self._seen(net, teacher, batch, images, mask))
@@ -239,10 +239,48 @@ class Method(supervised.TeacherStudent):
         if self.lambda_c:
             maybe = self._maybe_negative(seen.entropies, valid, gamma, alpha)
             pixels = _pixels(seen.outputs, labeled["label"], known, targets, maybe)
-            loss_c, extra, more = self._contrast(outputs, pixels, extra, contrast_key)
+            loss_c, extra, more = self.contrast(outputs, pixels, extra, contrast_key)
             loss += self.lambda_c * loss_c
             metrics = {**metrics, "loss_contrast": (loss_c, one), **more}
         return loss, Aux({"a": stats}, {"a": seen.stats}, extra, metrics)
+
+    def contrast(
+        self, student: Outputs, pixels: Pixels, extra: Mapping[str, Any], key: jax.Array
+    ) -> tuple[jax.Array, Mapping[str, Any], Metrics]:
+        """Lc, `extra` with this step's negatives in the bank, and metrics (Algorithm 1).
+
+        Args:
+          student: outputs for labeled and mixed images.
+          pixels: the same pixels, and what the teacher makes of them.
+          extra: with the bank as it was.
+          key: randomness.
+        """
+        assert student.embedding is not None
+        C, E = pixels.p.shape[-1], pixels.z.shape[-1]
+        draw_key, negatives_key = jax.random.split(key)
+        anchors = anchor_classes(pixels.p, pixels.label, self.anchor_threshold)
+        drawn = self._drawn(pixels, anchors, draw_key)
+        keys, metrics = pixels.z[drawn.negatives], {}
+        pool = memory_bank.of(keys, drawn.num_negatives)
+        if self.memory_bank:
+            pool = memory_bank.push(extra["bank"], keys, drawn.num_negatives)
+            extra = {**extra, "bank": pool}
+            metrics["bank"] = _count(pool.fill), _count(pool.length)
+        averaged = anchors if self.positive == "paper" else pixels.label
+        positives, _ = rml.class_means(pixels.z, averaged, C)  # eq. 12
+
+        @jax.checkpoint
+        def term(of_class: tuple[jax.Array, ...]) -> jax.Array:
+            c, z, positive = of_class
+            key, shape = jax.random.fold_in(negatives_key, c), (len(z), self.num_negatives)
+            return info_nce(z, positive, memory_bank.draw(pool, c, key, shape), self.temperature)
+
+        z = student.embedding.reshape(-1, E)[drawn.anchors]
+        terms = jax.lax.map(term, (jnp.arange(C), z, positives))
+        total = jnp.where((drawn.num_anchors > 0) & (pool.fill > 0), terms, 0).sum()
+        divisor = C if self.contrast_mean == "all" else jnp.maximum(drawn.present.sum(), 1)
+        metrics["anchors"] = _count(anchors != IGNORE_LABEL), _count(pixels.label != IGNORE_LABEL)
+        return total / divisor, extra, metrics
 
     @property
     def _criterion(self) -> supervised.Criterion:
@@ -292,37 +330,6 @@ class Method(supervised.TeacherStudent):
                 return valid & (entropies <= percentile(entropies, alpha, valid=valid))
             case "all":
                 return valid
-
-    def _contrast(
-        self, student: Outputs, pixels: Pixels, extra: Mapping[str, Any], key: jax.Array
-    ) -> tuple[jax.Array, Mapping[str, Any], Metrics]:
-        """Lc, `extra` with this step's negatives in the bank, and metrics (Algorithm 1)."""
-        assert student.embedding is not None
-        C, E = pixels.p.shape[-1], pixels.z.shape[-1]
-        draw_key, negatives_key = jax.random.split(key)
-        anchors = anchor_classes(pixels.p, pixels.label, self.anchor_threshold)
-        drawn = self._drawn(pixels, anchors, draw_key)
-        keys, metrics = pixels.z[drawn.negatives], {}
-        pool = memory_bank.of(keys, drawn.num_negatives)
-        if self.memory_bank:
-            pool = memory_bank.push(extra["bank"], keys, drawn.num_negatives)
-            extra = {**extra, "bank": pool}
-            metrics["bank"] = _count(pool.fill), _count(pool.length)
-        averaged = anchors if self.positive == "paper" else pixels.label
-        positives, _ = rml.class_means(pixels.z, averaged, C)  # eq. 12
-
-        @jax.checkpoint
-        def contrast(of_class: tuple[jax.Array, ...]) -> jax.Array:
-            c, z, positive = of_class
-            key, shape = jax.random.fold_in(negatives_key, c), (len(z), self.num_negatives)
-            return info_nce(z, positive, memory_bank.draw(pool, c, key, shape), self.temperature)
-
-        z = student.embedding.reshape(-1, E)[drawn.anchors]
-        terms = jax.lax.map(contrast, (jnp.arange(C), z, positives))
-        total = jnp.where((drawn.num_anchors > 0) & (pool.fill > 0), terms, 0).sum()
-        divisor = C if self.contrast_mean == "all" else jnp.maximum(drawn.present.sum(), 1)
-        metrics["anchors"] = _count(anchors != IGNORE_LABEL), _count(pixels.label != IGNORE_LABEL)
-        return total / divisor, extra, metrics
 
     def _drawn(self, pixels: Pixels, anchors: jax.Array, key: jax.Array) -> Drawn:
         """Anchors and negatives of each class."""
