@@ -253,7 +253,7 @@ class Method(contracts.Method):
         """What unlabeled images teach the network that has these logits for them."""
         p = jax.nn.softmax(jax.lax.stop_gradient(logits))
         if self.labels == "online":
-            label = jnp.where(_valid(images), self.pseudo_labels(logits), IGNORE_LABEL)
+            label = jnp.where(supervised.valid_of(images), self.pseudo_labels(logits), IGNORE_LABEL)
             confidence = p.max(-1)
         else:
             label, confidence = images["label"], images["confidence"]
@@ -454,7 +454,7 @@ def measured(images: Mapping[str, jax.Array], taught: Taught) -> Metrics:
         "positive_disagreement": cases.positive,
     }
     return {
-        "kept": (labeled, _count(_valid(images))),
+        "kept": (labeled, _count(supervised.valid_of(images))),
         "weight": (jnp.where(known, weight, 0).sum(), labeled),
         **{name: (_count(case), labeled) for name, case in shares.items()},
     }
@@ -474,11 +474,6 @@ def _cross_entropy(
         for factor, logits in heads
     )
     return sum(terms, jnp.zeros(()))
-
-
-def _valid(images: Mapping[str, jax.Array]) -> jax.Array:
-    """Bool `[B,H,W]`, or all True `[B]`, which positions are no padding."""
-    return images.get("valid", jnp.ones(images["image"].shape[0], bool))
 
 
 def _count(mask: jax.Array) -> jax.Array:

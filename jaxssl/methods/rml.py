@@ -243,7 +243,7 @@ class Method(contracts.Method):
         weak: Images,
     ) -> Taught:
         """Labels of weak images, and the prototypes with their features."""
-        valid, own = _valid(weak), bool(self.teachers) and self.teacher_stats == "own"
+        valid, own = supervised.valid_of(weak), bool(self.teachers) and self.teacher_stats == "own"
         size, taught, predicted = valid.shape[1:], Taught({}, {}, {}, {}), {}
         for name, net in nets.items():
             variables = state.network(self._labeler_of(name))
@@ -319,13 +319,15 @@ class Prototypes:
         batch: Images,
     ) -> dict[str, Any]:
         """By name, the sum of the images' means `[C,D]` and the images that have a class `[C]`."""
-        image, valid = inference.rescaled(batch["image"], batch["valid"], self.scale)
-        valid &= (batch["index"] >= 0)[:, None, None]
+        rows, whole = batch["index"] >= 0, batch["valid"].ndim == 1
+        valid = jnp.ones(batch["image"].shape[:3], bool) if whole else batch["valid"]
+        image, valid = inference.rescaled(batch["image"], valid, self.scale)
+        valid &= rows[:, None, None]
         sums = {}
         for name, variables in networks.items():
             outputs, _ = _see(nets[name], variables, {"image": image, "valid": valid})
             of_image = functools.partial(class_means, num_classes=outputs.logits.shape[-1])
-            of_class = _predicted(outputs.logits, valid)
+            of_class = _predicted(outputs.logits, rows if whole else valid)
             sums[name] = [x.sum(0) for x in jax.vmap(of_image)(_features(outputs), of_class)]
         return sums
 
@@ -428,11 +430,6 @@ def _features(outputs: Outputs) -> jax.Array:
     if outputs.features is None:
         raise UserError("RML needs a network that returns the input of its classifier.")
     return outputs.features
-
-
-def _valid(images: Images) -> jax.Array:
-    """Bool `[B,H,W]`, or all True `[B]`, which positions are no padding."""
-    return images.get("valid", jnp.ones(images["image"].shape[0], bool))
 
 
 def _predicted(logits: jax.Array, valid: jax.Array) -> jax.Array:

@@ -129,7 +129,7 @@ class TeacherStudent(contracts.Method):
         return TEACHER + "a"
 
     @property
-    def labeler(self) -> str:
+    def labeler(self) -> str | None:
         """The teacher."""
         return TEACHER + "a"
 
@@ -191,6 +191,11 @@ def teacher_forward(
             batch_stats=method.teacher_stats == "own",
         )
     return result
+
+
+def valid_of(images: Mapping[str, jax.Array]) -> jax.Array:
+    """Bool `[B,H,W]`, or all True `[B]`, which positions are no padding."""
+    return images.get("valid", jnp.ones(images["image"].shape[0], bool))
 
 
 def joined(batch: Batch) -> dict[str, jax.Array]:
