@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     NotRequired,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 IGNORE_LABEL = 255
 """The label of a pixel (or image) that no loss and no metric counts."""
+
+Task: TypeAlias = Literal["segmentation", "classification"]
+"""A label per pixel, or one per image."""
 
 Params: TypeAlias = Any
 """A tree of parameter arrays; its top-level key "backbone" holds all that is not the head."""
@@ -76,12 +80,12 @@ class DataInfo:
     Attributes:
       classes: names; position = label.
       palette: one RGB color per class, each 0 to 255.
-      task: "segmentation" (a label per pixel) or "classification" (a label per image).
+      task: what a label is of.
     """
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    task: Literal["segmentation", "classification"] = "segmentation"
+    task: Task = "segmentation"
 
     @property
     def num_classes(self) -> int:
@@ -432,10 +436,14 @@ class Aux(NamedTuple):
 class Method(abc.ABC):
     """What the networks learn from. Fields are hyper-parameters; nothing else is stored.
 
+    `tasks` is what a method can learn; one that looks at pixels says so.
+
     A teacher is the moving average of the student of the same name. `teacher_stats` says what its
     running statistics are: "ema" averages them like parameters, "copy" takes the student's, "own"
     takes those that its forward pass in `loss` computed.
     """
+
+    tasks: ClassVar[tuple[Task, ...]] = ("segmentation", "classification")
 
     @property
     @abc.abstractmethod

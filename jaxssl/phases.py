@@ -178,8 +178,13 @@ def assemble(
       UserError: one of them cannot be, or the data or the devices do not fit it.
     """
     info = sources["labeled"].info
+    if info.task not in method.tasks:
+        raise UserError(
+            f"The method {config.method.name!r} is for {' and '.join(method.tasks)}, and the data "
+            f"are for {info.task}. Methods for that: {', '.join(methods.for_task(info.task))}."
+        )
     nets = {
-        name: models.load(configs.model_of(config, name), info.num_classes)
+        name: models.load(configs.model_of(config, name), info.num_classes, task=info.task)
         for name in method.students
     }
     phases = method.phases(make_plan(config, sources))

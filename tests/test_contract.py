@@ -1,8 +1,9 @@
-"""The five methods as the engine sees them, and DMT for images with one label each.
+"""All methods as the engine sees them, on tiny networks and in each task that they say they learn.
 
-Their phases have the updates of the papers and refer to what exists; a loss forwards the networks
-that its paper forwards, on the streams and in the BatchNorm mode it does, and a step keeps the
-state's shapes.
+A module that is added to `jaxssl.methods` is tested here as it is: its phases refer to what exists,
+and a step keeps the state's shapes and moves what the phase trains, nothing else. For the five
+papers' methods, phases have the updates of the papers, and a loss forwards the networks that its
+paper forwards, on the streams and in the BatchNorm mode it does.
 """
 
 import collections
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import stream_arrays
 
-from jaxssl import contracts, optim
+from jaxssl import contracts, methods, optim
 from jaxssl.contracts import Outputs, Plan, Variables
 from jaxssl.methods import dars, dmt, dmt_images, mkd, rml, u2pl
 from jaxssl.state import TEACHER, create
@@ -133,10 +134,14 @@ def test_phases_take_the_steps_of_the_paper(name):
 @pytest.mark.parametrize("name", STEPS)
 def test_phases_refer_to_what_exists(name):
     method, plan, _ = STEPS[name]
+    assert_phases_refer_to_what_exists(method, method.phases(plan))
+
+
+def assert_phases_refer_to_what_exists(method, phases):
     networks = {*method.students, *(TEACHER + student for student in method.teachers)}
     assert {method.headline, method.labeler or method.headline} <= networks
     earlier = {}
-    for phase in method.phases(plan):
+    for phase in phases:
         assert phase.name not in earlier
         assert {*phase.train, *phase.reinitialize} <= {*method.students}
         assert {*phase.start, phase.headline or method.headline} <= networks
@@ -287,20 +292,36 @@ class Small:
         )
 
 
+SMALLER = {"u2pl": {"keys": 4, "capacity": 8, "capacity_0": 8}}
+"""By method, fields that keep its arrays small."""
+
+
+def small(name, task):
+    method = methods.load({"name": name, **SMALLER.get(name, {})})
+    return Small(method, task, widths=(4, 6) if name == "rml" else (4, 4))
+
+
 SMALL = {
-    "mkd": Small(mkd.Method()),
-    "u2pl": Small(u2pl.Method(keys=4, capacity=8, capacity_0=8)),
-    "rml": Small(rml.Method(), widths=(4, 6)),
-    "dmt": Small(DMT),
-    "dmt_images": Small(dmt_images.Method(), task="classification"),
-    "dars": Small(dars.Method()),
+    (name, task): small(name, task)
+    for task in ("segmentation", "classification")
+    for name in methods.for_task(task)
 }
-PHASES = [(name, i) for name, small in SMALL.items() for i in range(len(small.phases))]
+PHASES = [(*key, i) for key, small in SMALL.items() for i in range(len(small.phases))]
 
 
-@pytest.mark.parametrize(("name", "index"), PHASES)
-def test_a_step_keeps_shapes_and_dtypes_of_the_state(name, index):
-    small, phase = SMALL[name], SMALL[name].phases[index]
+def test_every_method_learns_something():
+    assert {name for name, _ in SMALL} == {*methods.available()}
+
+
+@pytest.mark.parametrize(("name", "task"), SMALL)
+def test_phases_of_every_method_refer_to_what_exists(name, task):
+    one = SMALL[name, task]
+    assert_phases_refer_to_what_exists(one.method, one.phases)
+
+
+@pytest.mark.parametrize(("name", "task", "index"), PHASES)
+def test_a_step_keeps_shapes_and_dtypes_of_the_state(name, task, index):
+    small, phase = SMALL[name, task], SMALL[name, task].phases[index]
     state = jax.eval_shape(lambda: small.state(phase))
     frozen = jax.eval_shape(lambda state: small.frozen(phase, state), state)
     clock = jax.eval_shape(lambda: Clock.of(phase, 0))
@@ -309,9 +330,9 @@ def test_a_step_keeps_shapes_and_dtypes_of_the_state(name, index):
     assert {value.shape for pair in metrics.values() for value in pair} == {()}
 
 
-@pytest.mark.parametrize("name", ["u2pl", "dmt"])
-def test_a_step_moves_what_the_phase_trains_and_nothing_else(name):
-    small, phase = SMALL[name], SMALL[name].phases[-1]
+@pytest.mark.parametrize(("name", "task"), SMALL)
+def test_a_step_moves_what_the_phase_trains_and_nothing_else(name, task):
+    small, phase = SMALL[name, task], SMALL[name, task].phases[-1]
     state = jit(functools.partial(small.state, phase))()
     frozen, batch = small.frozen(phase, state), small.batch(phase)
     after, metrics = jit(small.step(phase))(state, frozen, batch, Clock.of(phase, 0))
@@ -367,7 +388,8 @@ def changed(before, after):
 )
 def test_forward_passes(name, expected):
     """Network, images, BatchNorm statistics of the batch or running ones, and noise."""
-    small, phase = SMALL[name], SMALL[name].phases[-1]
+    task = methods.load({"name": name}).tasks[0]
+    small, phase = SMALL[name, task], SMALL[name, task].phases[-1]
     seen = collections.Counter()
 
     def loss():

@@ -100,9 +100,5 @@ def test_all_pixels_are_taught_whatever_the_confidence():
     assert method.headline == method.labeler == "teacher_a"
 
 
-def test_classification_is_refused():
-    batch = random_batch(padded=False)
-    for images in batch.values():
-        del images["valid"]
-    with pytest.raises(UserError, match="needs masks"):
-        loss_and_gradient(cutmix_seg.Method(), batch)
+def test_it_is_for_segmentation():
+    assert cutmix_seg.Method.tasks == ("segmentation",)

@@ -39,6 +39,11 @@ def load(config: Mapping[str, Any]) -> contracts.Method:
     return method(**fields)
 
 
+def for_task(task: contracts.Task) -> tuple[str, ...]:
+    """Names of the methods in the package that learn it."""
+    return tuple(name for name in available() if task in _inside(name).tasks)
+
+
 def _inside(name: str) -> type[contracts.Method]:
     if name not in available():
         raise contracts.UserError(

@@ -38,6 +38,8 @@ class Method(contracts.Method):
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
+    tasks = ("segmentation",)
+
     weight: float = 1.0
     cutmix: bool = True
     auxiliary_weight: float = 0.4

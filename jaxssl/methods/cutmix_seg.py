@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxssl import losses, mixing
-from jaxssl.contracts import Aux, Batch, Network, Params, Phase, UserError, Variables
+from jaxssl.contracts import Aux, Batch, Network, Params, Phase, Variables
 from jaxssl.methods import supervised
 from jaxssl.state import TrainState
 
@@ -31,6 +31,8 @@ class Method(supervised.TeacherStudent):
       weight: of the consistency.
       threshold: probability from which on the teacher counts as confident.
     """
+
+    tasks = ("segmentation",)
 
     weight: float = 1.0
     threshold: float = 0.97
@@ -63,8 +65,6 @@ class Method(supervised.TeacherStudent):
         )
         if phase.name == supervised.WARMUP:
             return loss, aux
-        if "valid" not in batch["unlabeled"]:
-            raise UserError("CutMix-Seg mixes what is learned pixel by pixel: it needs masks.")
         images = {name: batch["unlabeled"][name] for name in ("image", "valid")}
         B, H, W = images["valid"].shape
         mask = mixing.box_mask(mask_key, B, (H, W), boxes=1, area=(0.5, 0.5))

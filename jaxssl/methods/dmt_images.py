@@ -16,7 +16,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxssl import contracts
 from jaxssl.contracts import (
     Aux,
     Batch,
@@ -33,11 +32,11 @@ from jaxssl.inference import WHOLE
 from jaxssl.methods import dmt, supervised
 from jaxssl.methods.mean_teacher import sigmoid_ramp
 from jaxssl.selection import TopShare
-from jaxssl.state import TEACHER, TrainState
+from jaxssl.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(contracts.Method):
+class Method(supervised.TeacherStudent):
     """`L = 1/B sum_i w_i (lambda CE(own label) + (1 - lambda) CE(partner's label))`, of images that
     are mixed with a partner each from the whole batch, labeled and pseudo-labeled ones.
 
@@ -59,9 +58,11 @@ class Method(contracts.Method):
       supervised_rate: learning rate while learning from labels alone, .2 on CIFAR-10; None takes
         the config's.
       ema_decay_max: share of its old value that the average of the network keeps, reached within
-        the first updates. The average is evaluated and labels. .001 is what was released, by
-        mistake.
+        the first updates of a round, of which the first leaves nothing of the round before. The
+        average is evaluated and labels. .001 is what was released, by mistake.
     """
+
+    tasks = ("classification",)
 
     gamma_1: float = 4.0
     gamma_2: float = 4.0
@@ -79,23 +80,8 @@ class Method(contracts.Method):
             raise UserError("method.gamma_1, method.gamma_2 and method.mixup may not be below 0.")
 
     @property
-    def students(self) -> tuple[str, ...]:
-        """The one network."""
-        return ("a",)
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Its average."""
-        return self.students
-
-    @property
-    def headline(self) -> str:
-        """The average, as in the paper."""
-        return TEACHER + "a"
-
-    def ema_decay(self, phase: Phase, k: jax.Array) -> jax.Array | float:
-        """See `supervised.ema_decay`; it is 0 at first, so nothing of the round before is left."""
-        return supervised.ema_decay(phase, k, self.ema_decay_max)
+    def labeler(self) -> None:
+        """None: files teach, and no network of the moment."""
 
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
         """A supervised phase, then one for each round (Algorithm 1)."""
@@ -126,7 +112,14 @@ class Method(contracts.Method):
     ) -> tuple[jax.Array, Aux]:
         """The class docstring's sum; all images share a BatchNorm batch."""
         del frozen, phase
-        mixup_loss = functools.partial(supervised.mixup_loss, self, nets, params, alpha=self.mixup)
+        mixup_loss = functools.partial(
+            supervised.mixup_loss,
+            self,
+            nets,
+            params,
+            alpha=self.mixup,
+            auxiliary_weight=self.auxiliary_weight,
+        )
         if "unlabeled" not in batch:
             return mixup_loss(state, batch["labeled"], key)
         labels, weights, metrics = batch["unlabeled"]["label"], None, {}

@@ -65,6 +65,8 @@ class Method(contracts.Method):
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
+    tasks = ("segmentation",)
+
     alpha: float = 1.5
     beta: float = 1.0
     teacher: Literal["mutual", "own", "none"] = "mutual"

@@ -17,17 +17,23 @@ def available() -> tuple[str, ...]:
 
 
 def load(
-    config: Mapping[str, Any], num_classes: int, *, axis_name: str | None = None
+    config: Mapping[str, Any],
+    num_classes: int,
+    *,
+    task: contracts.Task | None = None,
+    axis_name: str | None = None,
 ) -> contracts.Network:
     """Builds the network that `config["name"]` names; the other keys are fields of its `Model`.
 
     Args:
       config: the name and what differs from the defaults.
       num_classes: C, the channels of the logits.
+      task: what it has to do; None does not ask.
       axis_name: of a `jax.pmap` over whose devices BatchNorm takes its statistics.
 
     Raises:
-      UserError: there is no such network, it has no such field, or refuses the field's value.
+      UserError: there is no such network, it does another task, has no such field, or refuses the
+        field's value.
     """
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     name = fields.pop("name", None)
@@ -35,6 +41,12 @@ def load(
     if model is None:
         raise contracts.UserError(
             f"Unknown model.name {name!r}. There are: {', '.join(available())}."
+        )
+    if task not in (None, model.task):
+        others = [one for one in available() if _model(one).task == task]
+        raise contracts.UserError(
+            f"The network {name!r} is for {model.task}, and the data are for {task}. Set "
+            f"--config.model.name to one of: {', '.join(others)}."
         )
     given = {"num_classes": num_classes, "axis_name": axis_name}
     accepted = [f.name for f in dataclasses.fields(model) if f.name not in given]

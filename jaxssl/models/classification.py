@@ -22,6 +22,8 @@ class ClassificationNetwork(network.LinenNetwork):
     Logits are `[B,C]`, features `[B,D]`.
     """
 
+    task = "classification"
+
     @abc.abstractmethod
     def body(self, norm: layers.NormDef) -> nn.Module:
         """The backbone: normalized `[B,H,W,3]` -> outputs of its stages."""

@@ -6,14 +6,14 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxssl.contracts import Outputs, Params, Stats, UserError, Variables
+from jaxssl.contracts import Outputs, Params, Stats, Task, UserError, Variables
 from jaxssl.models import layers
 
 Color: TypeAlias = tuple[float, float, float]
@@ -48,6 +48,8 @@ class LinenNetwork(abc.ABC):
       preprocessing: the colors that become 0 and 1, a name in `PREPROCESSING`. A backbone that
         comes with its own has those.
     """
+
+    task: ClassVar[Task] = "segmentation"
 
     num_classes: int
     dropout: float = 0.0
