@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import Linear, make_state, plan, random_batch
 
-from jaxssl import methods, sharding
+from jaxssl import config as configs
+from jaxssl import methods, phases, sharding
 from jaxssl.contracts import UserError
 
 SIZE = (16, 24)
@@ -129,3 +130,22 @@ def test_what_is_no_method_is_told(name, words, modules):
 def test_mistakes_inside_a_module_stay_what_they_are(module, error, modules):
     with pytest.raises(error):
         methods.load({"name": f"their_methods.{module}"})
+
+
+@pytest.mark.parametrize(
+    ("method", "network", "words"),
+    [
+        ("mkd", "mlp", "is for segmentation, and the data are for classification. Methods for"),
+        ("supervised", "pspnet", "'pspnet' is for segmentation, .* to one of: classifier, mlp"),
+    ],
+)
+def test_what_reads_pixels_refuses_whole_images(method, network, words):
+    config = configs.default()
+    with config.unlocked():
+        config.data.update(name="digits", split="20", size=8)
+    config.update(crop=(8, 8), steps=1)
+    configs.use_network(config, network)
+    _, sources = phases.open_sources(config.data)
+    config.method.name = method
+    with pytest.raises(UserError, match=words):
+        phases.assemble(config, methods.load({"name": method}), sources, sharding.make_mesh())
