@@ -15,8 +15,6 @@ Published (MKD's Table 2 has none; UniMatch reports these, mIoU on val, crop 801
   r101       66.3    72.8    75.0    78.0
 """
 
-from ml_collections import ConfigDict
-
 from jaxssl import config as configs
 
 
@@ -29,7 +27,7 @@ def get_config(arg: str | None = None) -> configs.Config:
         budget=("long",),
     )
     config = configs.cityscapes(variant)
-    config.method = ConfigDict({"name": "supervised", "strong": False, "auxiliary_weight": 0.4})
+    config.method = configs.supervised()
     if variant["data"] == "streets":
         words = ",".join(word for word in str(arg).split(",") if word != "all")
         config.next = (

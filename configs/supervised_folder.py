@@ -11,8 +11,6 @@ Cost: one network a step; as many steps as MKD has, warm-up included.
 Published: none. It is what a semi-supervised method has to surpass on the same masks.
 """
 
-from ml_collections import ConfigDict
-
 from jaxssl import config as configs
 
 
@@ -21,7 +19,7 @@ def get_config(arg: str | None = None) -> configs.Config:
         arg, network=("small", "r50", "r101"), backbone=("r50", "r101", "pretrained")
     )
     config = configs.folder(variant["network"])
-    config.method = ConfigDict({"name": "supervised", "strong": False, "auxiliary_weight": 0.4})
+    config.method = configs.supervised()
     if variant["backbone"] == "pretrained":
         configs.use_pretrained(config)
     config.next = ("learn from images without masks too: configs/mkd_folder.py, another --workdir",)

@@ -19,8 +19,6 @@ Published (MKD's tables have none; U2PL's Tables 1 and 2 have these, mIoU on val
   r101       45.77   54.92   65.88   71.69   72.50
 """
 
-from ml_collections import ConfigDict
-
 from jaxssl import config as configs
 
 
@@ -32,5 +30,5 @@ def get_config(arg: str | None = None) -> configs.Config:
     )
     config = configs.voc(variant)
     config.data.extra = False
-    config.method = ConfigDict({"name": "supervised", "strong": False, "auxiliary_weight": 0.4})
+    config.method = configs.supervised()
     return config

@@ -375,6 +375,25 @@ def cifar10(variant: Mapping[str, str | None]) -> Config:
     return config
 
 
+def supervised(**changes: Any) -> Config:
+    """The `method` section for supervised training.
+
+    Args:
+      **changes: fields of `methods.supervised.Method` with other values.
+    """
+    section = ConfigDict(
+        {
+            "name": "supervised",
+            "strong": False,
+            "mixup": 0.0,
+            "ema_decay_max": 0.0,
+            "auxiliary_weight": 0.4,
+        }
+    )
+    section.update(changes)
+    return section
+
+
 def mkd(**changes: Any) -> Config:
     """The `method` section for MKD, with the paper's values.
 
