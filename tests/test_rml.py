@@ -405,15 +405,17 @@ def test_batch_without_any_valid_pixel():
     assert all(np.isfinite(total) for total, _ in aux.metrics.values())
 
 
+class Pooled(Linear):
+    """Logits `[B,C]` and features `[B,D]`."""
+
+    def apply(self, *args, **kwargs):
+        outputs, stats = super().apply(*args, **kwargs)
+        logits, features = (x.mean((1, 2)) for x in (outputs.logits, outputs.features))
+        return outputs._replace(logits=logits, features=features), stats
+
+
 def test_images_with_a_label_each():
-    """Logits `[B,C]` and features `[B,D]`: nothing but the network knows of height and width."""
-
-    class Pooled(Linear):
-        def apply(self, *args, **kwargs):
-            outputs, stats = super().apply(*args, **kwargs)
-            logits, features = (x.mean((1, 2)) for x in (outputs.logits, outputs.features))
-            return outputs._replace(logits=logits, features=features), stats
-
+    """Nothing but the network knows of height and width."""
     nets = {"a": Pooled(), "b": Pooled(channels=7)}
     method, images = rml.Method(input_noise=False, p0="online"), random_batch()
     batch = {name: {"image": arrays["image"]} for name, arrays in images.items()}
@@ -495,6 +497,23 @@ def test_sweeps_make_prototypes_of_all_images(supervision):
         assert min(map(len, means)) < 11  # not every image has every class
         expected = [np.mean(m, 0) if m else np.zeros(features.shape[-1]) for m in means]
         np.testing.assert_allclose(extra["prototypes"][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_sweeps_of_images_with_a_label_each(scale):
+    """Each counts for the class that it is taken for; a row of padding for none."""
+    net, colors = Pooled(), np.random.default_rng(0).integers(0, 256, (6, 1, 1, 3), np.uint8)
+    variables, index = net.init(jax.random.key(0), SIZE), np.array([0, 1, 2, 3, 4, -1], np.int32)
+    image = np.broadcast_to(colors, (6, *SIZE, 3))
+    of_set = rml.Prototypes("labeled", {"a": Weights("warmup", "teacher_a")}, scale)
+    batch = {"image": image, "valid": index >= 0, "index": index}
+    total, count = of_set.update({"a": net}, {"a": variables}, {}, batch)["a"]
+    logits, features, _ = forward(variables, colors[:5], np.ones((5, 1, 1), bool), False)
+    labels = logits[:, 0, 0].argmax(-1)
+    assert len(set(labels)) > 1
+    np.testing.assert_array_equal(count, np.bincount(labels, minlength=C))
+    expected = [features[labels == c, 0, 0].sum(0) for c in range(C)]
+    np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sweeps_show_images_at_the_size_of_training():
