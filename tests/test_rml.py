@@ -786,7 +786,7 @@ def config(monkeypatch):
     monkeypatch.setattr(
         models,
         "load",
-        lambda config, num_classes: Linear(num_classes, channels=5 if config["width"] == 16 else 7),
+        lambda config, num_classes, **_: Linear(num_classes, 5 if config["width"] == 16 else 7),
     )
     config.model_b.width = 8
     config.method = configs.rml(momentum=0.9)
