@@ -25,6 +25,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import contextlib
 import dataclasses
 import io
+import json
 import shutil
 
 import flax.linen as nn
@@ -35,10 +36,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxssl import config as configs
-from jaxssl import models, optim, phases, sharding
+from jaxssl import models, optim, phases, sharding, train
+from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import IGNORE_LABEL, Labeling, Outputs, Plan, Variables
 from jaxssl.models import layers, network
 from jaxssl.state import create
+
+MAKE_MESH = sharding.make_mesh
 
 OPTIMIZER = {
     "name": "sgd",
@@ -276,6 +280,59 @@ def make_state(method, nets, *, optimizer=None, size=(16, 24)):
     return create(method, nets, optimizer, method.students, variables)
 
 
+def leaves(workdir):
+    """The arrays of a workdir's newest checkpoint, by name."""
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        step, _ = checkpoints.latest()
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+            dict(checkpoints._manager.item_metadata(step)["state"].tree),
+        )
+        state = checkpoints.restore(step, shapes)
+    found = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in found}
+
+
+def assert_same_run(workdir, other):
+    """Compares the newest checkpoints and all metrics of two workdirs, bit for bit."""
+    mine, theirs = leaves(workdir), leaves(other)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    texts = [(folder / "metrics.jsonl").read_text() for folder in (workdir, other)]
+    assert [json.loads(line) for line in texts[0].splitlines()] == [
+        json.loads(line) for line in texts[1].splitlines()
+    ]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands."""
+
+
+def run_until(step, config, workdir):
+    """Runs until a step is saved, and no further."""
+    save = train.save
+
+    def saving(run, index, state, at):
+        save(run, index, state, at)
+        if at == step:
+            run.checkpoints.wait()
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save", saving)
+        with pytest.raises(Killed):
+            phases.run(config, workdir)
+
+
+def use_devices(patch, count):
+    """Lets runs have the first devices alone."""
+    patch.setattr(
+        sharding, "make_mesh", lambda devices=None: MAKE_MESH((devices or jax.devices())[:count])
+    )
+
+
 @pytest.fixture
 def nets():
     return {"a": Linear(), "b": Linear()}
@@ -283,9 +340,8 @@ def nets():
 
 def dars_config(patch):
     """DARS on streets, with a network that compiles in no time, on one device."""
-    first, make_mesh = jax.devices()[:1], sharding.make_mesh
-    patch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
-    patch.setattr(sharding, "make_mesh", lambda devices=None: make_mesh(first))
+    patch.setattr(models, "load", lambda config, num_classes, **_: Linear(num_classes))
+    use_devices(patch, 1)
     config = configs.default()
     configs.use_streets(config, None)
     with config.unlocked():

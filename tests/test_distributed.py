@@ -11,11 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from conftest import leaves
 
-from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import UserError
 from jaxssl.data.cityscapes import INFO
 from jaxssl.data.pseudo_labels import Store
@@ -32,7 +31,7 @@ os.environ["XLA_FLAGS"] = sys.argv.pop()
 from absl import app
 from jaxssl import main, models
 
-models.load = lambda config, num_classes: conftest.Small(num_classes=num_classes)
+models.load = lambda config, num_classes, **_: conftest.Small(num_classes=num_classes)
 if __name__ == "__main__":
     app.run(main.main, flags_parser=main.parse)
 """
@@ -119,17 +118,6 @@ def wait_for_checkpoint(workdir):
 
 def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def leaves(workdir):
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step, _ = checkpoints.latest()
-        tree = dict(checkpoints._manager.item_metadata(step)["state"].tree)
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
-        state = checkpoints.restore(step, shapes)
-    paths, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from conftest import assert_same_run
 from PIL import Image
 
 from jaxssl.checkpoint import Checkpoints
@@ -65,20 +65,6 @@ def run(arguments: list[str], environment: dict[str, str]) -> subprocess.Complet
     )
 
 
-def leaves(workdir: Path) -> dict[str, np.ndarray]:
-    """The arrays of the newest checkpoint, by name."""
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step, _ = checkpoints.latest()
-        tree = checkpoints._manager.item_metadata(step)["state"].tree
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), dict(tree)
-        )
-        state = checkpoints.restore(step, abstract)
-    paths, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
-
-
 def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -117,14 +103,6 @@ def start(
 def lines_so_far(path: Path) -> list[dict]:
     text = path.read_text()
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def assert_same_run(workdir: Path, other: Path):
-    mine, theirs = leaves(workdir), leaves(other)
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    assert lines(workdir) == lines(other)
 
 
 def test_a_run_says_its_result_and_writes_its_files(finished):

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Killed, assert_same_run, run_until, use_devices
 from ml_collections import ConfigDict
 
 from jaxssl import config as configs
-from jaxssl import labeling, models, phases, selection, sharding
-from jaxssl.checkpoint import Checkpoints
+from jaxssl import labeling, models, phases, selection
 from jaxssl.contracts import DataInfo, Selection, UnreadableError, UserError
 from jaxssl.data import streets
 from jaxssl.data.pseudo_labels import Store
@@ -205,19 +205,10 @@ def test_summary():
     assert labeling.line(found).startswith("80.0 % kept, KL(labels || pseudo) 0.0")
 
 
-MAKE_MESH = sharding.make_mesh
-
-
-def use_devices(monkeypatch, count):
-    monkeypatch.setattr(
-        sharding, "make_mesh", lambda devices=None: MAKE_MESH((devices or jax.devices())[:count])
-    )
-
-
 def prepare(monkeypatch):
     """DMT in two rounds on twelve unlabeled images, with a network that compiles in no time."""
     monkeypatch.setattr(
-        models, "load", lambda config, num_classes: conftest.Linear(num_classes=num_classes)
+        models, "load", lambda config, num_classes, **_: conftest.Linear(num_classes=num_classes)
     )
     use_devices(monkeypatch, 1)
     config = configs.default()
@@ -248,30 +239,14 @@ def whole(tmp_path_factory):
 
 
 def files(workdir):
-    """Content of all that a run leaves of labels and metrics."""
-    paths = [*(workdir / "pseudo_labels").rglob("*.*"), workdir / "metrics.jsonl"]
+    """Content of all that a run leaves of labels."""
+    paths = (workdir / "pseudo_labels").rglob("*.*")
     return {path.relative_to(workdir): path.read_bytes() for path in paths if path.is_file()}
-
-
-def leaves(workdir):
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step, _ = checkpoints.latest()
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
-            dict(checkpoints._manager.item_metadata(step)["state"].tree),
-        )
-        return jax.tree.leaves(checkpoints.restore(step, shapes))
 
 
 def assert_same(workdir, other):
     assert files(workdir) == files(other)
-    for mine, theirs in zip(leaves(workdir), leaves(other), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-
-
-class Killed(BaseException):
-    pass
+    assert_same_run(workdir, other)
 
 
 def noting(patch, name, last=10**9):
@@ -318,18 +293,7 @@ def test_killed_anywhere_nothing_is_labeled_twice(config, whole, tmp_path, where
 @pytest.mark.parametrize("step", [8, 10, 16])
 def test_killed_in_a_round_or_at_its_end(config, whole, tmp_path, step):
     """Rounds of four updates after two supervised phases of three, saved after each second one."""
-    save = phases.train.save
-
-    def saving(run, index, state, at):
-        save(run, index, state, at)
-        if at == step:
-            run.checkpoints.wait()
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases.train, "save", saving)
-        with pytest.raises(Killed):
-            phases.run(config, tmp_path)
+    run_until(step, config, tmp_path)
     assert phases.run(config, tmp_path) == 0
     assert_same(tmp_path, whole[0])
 
@@ -437,19 +401,9 @@ def test_truth_is_not_opened_unless_asked_for(config, tmp_path, monkeypatch):
     assert found["accuracy"] is None
 
 
-def test_labels_that_are_gone_in_the_middle_of_a_phase_are_missed(config, tmp_path, monkeypatch):
+def test_labels_that_are_gone_in_the_middle_of_a_phase_are_missed(config, tmp_path):
     config.steps, config.eval.every = 6, 100
-    save = phases.train.save
-
-    def killing(run, index, state, step):
-        save(run, index, state, step)
-        if run.phases[index].name == "round_1_b" and step == 3 + 3 + 4:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(phases.train, "save", killing)
-        with pytest.raises(Killed):
-            phases.run(config, tmp_path)
+    run_until(3 + 3 + 4, config, tmp_path)
     (tmp_path / "pseudo_labels" / "round_1_b" / "summary.json").unlink()
     with pytest.raises(UserError, match=r"round_1_b are not complete, though training"):
         phases.run(config, tmp_path)

@@ -7,11 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Linear, cross_entropy, make_state, nearest, stream_arrays
+from conftest import (
+    Linear,
+    assert_same_run,
+    cross_entropy,
+    make_state,
+    nearest,
+    run_until,
+    stream_arrays,
+)
 
 from jaxssl import config as configs
 from jaxssl import methods, models, optim, phases, sharding, train
-from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import IGNORE_LABEL, Plan, UserError
 from jaxssl.methods import cps, dars, dmt, mkd, supervised
 from jaxssl.state import TEACHER
@@ -208,31 +215,8 @@ def config(request, monkeypatch):
     return config
 
 
-def leaves(workdir):
-    """Of the newest checkpoint."""
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step, _ = checkpoints.latest()
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
-            dict(checkpoints._manager.item_metadata(step)["state"].tree),
-        )
-        return jax.tree.leaves(checkpoints.restore(step, shapes))
-
-
-class Killed(BaseException):
-    pass
-
-
 def test_a_run_is_killed_and_resumes_bit_for_bit(config, tmp_path, monkeypatch):
-    whole, killed, save, pmap = tmp_path / "whole", tmp_path / "killed", train.save, jax.pmap
-    compiled = []
-
-    def killing(run, index, state, step):
-        save(run, index, state, step)
-        if step == 6:
-            run.checkpoints.wait()
-            raise Killed
+    whole, killed, pmap, compiled = tmp_path / "whole", tmp_path / "killed", jax.pmap, []
 
     def noting(step, *arguments, **options):
         compiled.append(step)
@@ -242,20 +226,12 @@ def test_a_run_is_killed_and_resumes_bit_for_bit(config, tmp_path, monkeypatch):
         patch.setattr(jax, "pmap", noting)
         assert phases.run(config, whole) == 0
     assert len(compiled) == 2  # phases
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save", killing)
-        with pytest.raises(Killed):
-            phases.run(config, killed)
+    run_until(6, config, killed)
     assert phases.run(config, killed) == 0
-    lines = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (whole, killed)
-    ]
-    assert lines[0] == lines[1]
-    assert lines[0][-1]["step"] == 9
-    assert 0 < lines[0][-1]["val/miou"] < 1
-    for mine, theirs in zip(leaves(whole), leaves(killed), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    assert_same_run(killed, whole)
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 9
+    assert 0 < last["val/miou"] < 1
 
     config.parallel = "mesh"
     with pytest.raises(UserError, match="parallel: pmap -> mesh"):

@@ -147,7 +147,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _few_and_small(monkeypatch):
-    monkeypatch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
+    monkeypatch.setattr(models, "load", lambda config, num_classes, **_: Linear(num_classes))
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: first)
 

@@ -61,7 +61,7 @@ def workdir(saved, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _networks(monkeypatch):
-    monkeypatch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
+    monkeypatch.setattr(models, "load", lambda config, num_classes, **_: Linear(num_classes))
 
 
 def test_a_run_has_the_keys_of_its_own_networks(workdir):

@@ -720,7 +720,7 @@ def test_wrong_fields_are_refused(fields, words):
 def small_run(monkeypatch):
     """A run on streets with a network that compiles in no time, on one device."""
     make_mesh, first = sharding.make_mesh, jax.devices()[:1]
-    monkeypatch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
+    monkeypatch.setattr(models, "load", lambda config, num_classes, **_: Linear(num_classes))
     monkeypatch.setattr(sharding, "make_mesh", lambda devices=None: make_mesh(first))
     config = configs.default()
     configs.use_streets(config, None)

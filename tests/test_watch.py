@@ -224,7 +224,7 @@ def train(monkeypatch, tmp_path):
     def run(bad, *, code=0, **overrides):
         method = Poisoned(bad=bad)
         monkeypatch.setattr(methods, "load", lambda config: method)
-        monkeypatch.setattr(models, "load", lambda config, num_classes: Linear(num_classes))
+        monkeypatch.setattr(models, "load", lambda config, num_classes, **_: Linear(num_classes))
         config = runpy.run_path(str(SUPERVISED))["get_config"]("streets")
         config.data.update(size=(16, 32), train_count=16, val_count=4, split="8")
         config.batch.labeled = 8
