@@ -578,6 +578,20 @@ def test_batch_norm(axis_name):
     np.testing.assert_allclose(stats["var"], 0.8 * var + 0.2 * x.var(axes), atol=1e-5)
 
 
+def test_a_value_alone_does_not_normalize_itself():
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (1, 1, 1, 3)).astype(np.float32)
+    scale, bias, mean, var = rng.uniform(0.5, 2, (4, 3)).astype(np.float32)
+    variables = {
+        "params": {"scale": scale, "bias": bias},
+        "batch_stats": {"mean": mean, "var": var},
+    }
+    norm = layers.BatchNorm(batch_stats=True)
+    y, updated = norm.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, normalized(x, mean, var, variables), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, updated["batch_stats"], variables["batch_stats"])
+
+
 def test_batch_norm_computes_in_float32():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(50, 1, (4, 9, 9, 3)), jnp.bfloat16)

@@ -235,6 +235,10 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalization with statistics and arithmetic in at least float32.
 
+    A channel that has one value in the whole batch, as behind the mean over a lone image, is
+    normalized with the running statistics, which stay. By its own it would be 0, and the running
+    variance would go there: PyTorch refuses such a batch.
+
     Attributes:
       batch_stats: normalizes with the batch's statistics and updates the running ones.
       momentum: share of the batch in the new running statistics, as in PyTorch.
@@ -252,8 +256,9 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes `[...,C]` over all axes but the last."""
+        alone = self.axis_name is None and x.size == x.shape[-1]
         norm = nn.BatchNorm(
-            use_running_average=not self.batch_stats,
+            use_running_average=alone or not self.batch_stats,
             momentum=1 - self.momentum,
             epsilon=self.epsilon,
             dtype=x.dtype,
