@@ -44,6 +44,7 @@ from jaxssl.contracts import (
     Variables,
 )
 from jaxssl.data import loading
+from jaxssl.data.quarantine import Damage
 from jaxssl.data.splits import Split
 from jaxssl.evaluate import Evaluator
 from jaxssl.models import pretrained
@@ -355,18 +356,30 @@ def enter(run: Run, index: int, state: TrainState) -> TrainState:
 
 
 def sweep_all(run: Run, index: int, state: TrainState) -> Mapping[str, Any]:
-    """Runs a phase's sweeps in order; the method's arrays as the last one leaves them."""
+    """Runs a phase's sweeps in order; the method's arrays as the last one leaves them.
+
+    Raises:
+      UserError: more images than may be cannot be read; fewer are left out.
+    """
     extra, sums, mesh = state.extra, {}, run.evaluator.mesh
+    noted = train.quarantine_for(run, index)
     for one in run.phases[index].sweeps:
         networks = {name: read_weights(run, weights) for name, weights in one.networks.items()}
         # As arguments: what a jitted function closes over becomes constants of its program.
         given = sweep.local((networks, extra), mesh)
         update = functools.partial(jax.jit(functools.partial(one.update, run.nets)), *given)
-        shown = run.evaluator
+        shown, damaged = run.evaluator, list[Damage]()
         batches = sweep.in_shares(
-            run.sources[one.source], shown.batch, bucket=shown.bucket, center=shown.fitted
+            run.sources[one.source],
+            shown.batch,
+            bucket=shown.bucket,
+            center=shown.fitted,
+            on_damage=lambda *what, name=one.source, to=damaged: to.append(Damage(name, *what)),
         )
-        sums[one.name] = sweep.sum_over_processes(sweep.add_up(update, batches, mesh))
+        total = sweep.add_up(update, batches, mesh)
+        for damage in damaged:
+            noted.add(0, damage)
+        sums[one.name] = sweep.sum_over_processes(total)
         extra = one.finish(sums, extra)
     return extra
 

@@ -74,15 +74,24 @@ def share(source: Source) -> Source:
 
 
 def in_shares(
-    source: Source, batch_size: int, *, bucket: int = 1, center: tuple[int, int] | None = None
+    source: Source,
+    batch_size: int,
+    *,
+    bucket: int = 1,
+    center: tuple[int, int] | None = None,
+    on_damage: Callable[[str, str], None] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's share in batches (`pipeline.in_order`); one of padding where it is empty, so
     that every process has something to add up.
+
+    `on_damage` is called, by any thread, with the id of an image that cannot be read and the
+    reason, and the image is left out; None raises what the source raises.
     """
     mine = share(source)
     padding = {"valid": False, "label": IGNORE_LABEL, "index": -1} if not len(mine) else {}
     mine = mine if len(mine) else loading.Subset(source, source.ids[:1])
-    for batch in pipeline.in_order(mine, batch_size, bucket=bucket, center=center):
+    note = on_damage and (lambda position, reason: on_damage(mine.ids[position], reason))
+    for batch in pipeline.in_order(mine, batch_size, bucket=bucket, center=center, on_damage=note):
         filled = {k: np.full_like(batch[k], v) for k, v in padding.items() if k in batch}
         yield {**batch, **filled}
 

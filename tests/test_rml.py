@@ -1,5 +1,6 @@
 import functools
 import itertools
+import json
 
 import conftest
 import jax
@@ -793,6 +794,26 @@ def config(monkeypatch):
     config.update(warmup=3, steps=5)
     config.log.every, config.eval.every, config.checkpoint.every = 1, 5, 2
     return config
+
+
+def test_sweeps_leave_out_what_cannot_be_read(config, tmp_path, monkeypatch):
+    _, sources = phases.open_sources(config.data)
+    kind, broken = type(sources["unlabeled"]), sources["unlabeled"].ids[5]
+    read = kind.__getitem__
+
+    def reading(self, index):
+        if self.ids[index] == broken:
+            raise contracts.UnreadableError(f"{broken} is broken.")
+        return read(self, index)
+
+    monkeypatch.setattr(kind, "__getitem__", reading)
+    assert phases.run(config, tmp_path / "w") == 0
+    lines = (tmp_path / "w" / "quarantine.jsonl").read_text().splitlines()
+    noted = [json.loads(line) for line in lines]
+    assert [(line["id"], line["phase"]) for line in noted] == [(broken, "stage_1")]
+    config.data.max_damaged = 0
+    with pytest.raises(contracts.UserError, match="max_damaged allows 0"):
+        phases.run(config, tmp_path / "strict")
 
 
 def leaves(workdir):
