@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -36,7 +37,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxssl import config as configs
-from jaxssl import logs, phases, trained
+from jaxssl import logs, methods, phases, trained
+from jaxssl.contracts import UserError
 
 FILE = Path(__file__).resolve()
 ROOT = FILE.parents[1]
@@ -130,6 +132,28 @@ def labelings(workdir: Path) -> list[dict[str, Any]]:
     ]
 
 
+def settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """What of a config decides a result and how it is scored, as text by key; keys that it does not
+    have, and fields of its method, have their defaults.
+    """
+    method = methods.load(config["method"])
+    whole = _merged(configs.default().to_dict(), config)
+    whole["method"] = {"name": config["method"]["name"], **dataclasses.asdict(method)}
+    whole["scoring"] = {key: whole["eval"][key] for key in SCORING}
+    lines = configs.differences({}, json.loads(json.dumps(whole)))
+    return dict(line.split(": absent -> ", 1) for line in lines)
+
+
+def _merged(default: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with what it lacks, section by section."""
+    sections = {
+        key: _merged(value, config.get(key, {}))
+        for key, value in default.items()
+        if isinstance(value, Mapping)
+    }
+    return {**default, **config, **sections}
+
+
 class Run(NamedTuple):
     """A row with one seed."""
 
@@ -138,10 +162,16 @@ class Run(NamedTuple):
     config: Any
 
     @property
+    def settings(self) -> dict[str, str]:
+        """What decides the result, by key of the config."""
+        return settings(self.config.to_dict())
+
+    @property
     def digest(self) -> str:
-        """Of what the config changes, and of how it is scored."""
-        changed = configs.differences(configs.default().to_dict(), self.config.to_dict())
-        return _digest(json.dumps([changed, *(self.config.eval[key] for key in SCORING)]))
+        """Of the method and the settings that are not defaults; later versions may have more."""
+        method = self.config.method.name
+        default = settings({"method": {"name": method}})
+        return _digest(json.dumps([method, sorted(self.settings.items() - default.items())]))
 
     @property
     def stem(self) -> str:
@@ -160,9 +190,24 @@ class Run(NamedTuple):
 
     def read(self, folder: Path) -> dict[str, Any] | None:
         """What was measured, if it was: by these sources or, failing that, last."""
-        found = [json.loads(path.read_text()) for path in folder.glob(f"{self.stem}-*.json")]
+        files = folder.glob(f"{self.row}-seed{self.seed}-*.json")
+        found = [one for path in files if self.is_of(one := json.loads(path.read_text()))]
         mine = code_version(self.config.method.name)
         return max(found, key=lambda one: (one["code"] == mine, one["finished"]), default=None)
+
+    def is_of(self, result: Mapping[str, Any]) -> bool:
+        """Whether a result is of this computation, whatever the file is called: other versions had
+        fewer keys. What the run leaves open was decided by the data.
+        """
+        try:
+            theirs = settings(result["config"])
+        except UserError:  # of a field that is no more
+            return False
+        return all(
+            theirs.get(key) == value
+            for key, value in self.settings.items()
+            if value != "None" or key.startswith("method.")
+        )
 
 
 def distinct(runs: Iterable[Run]) -> list[Run]:
@@ -226,13 +271,13 @@ def resolve(
     file = ROOT / "configs" / f"{row.config}_{file}.py"
     config = _load(file).get_config(",".join(words))
     # Panels and checkpoints cost time and change nothing; evaluated at the end alone.
-    settings = {"seed": seed, "data.seed": seed, "eval.panels": 0, "eval.every": 10**9}
+    given: dict[str, Any] = {"seed": seed, "data.seed": seed, "eval.panels": 0, "eval.every": 10**9}
     if root is None:
-        settings["eval.unlabeled_truth"] = True  # all street scenes have labels
+        given["eval.unlabeled_truth"] = True  # all street scenes have labels
     else:
-        settings["data.root"] = str(root.absolute())
+        given["data.root"] = str(root.absolute())
     asked = {key: _value(config, key, text) for key, text in changes.items()}
-    config.update_from_flattened_dict({**settings, **asked, **row.overrides})
+    config.update_from_flattened_dict({**given, **asked, **row.overrides})
     return config
 
 

@@ -41,7 +41,9 @@ def train_nothing(benchmark, monkeypatch):
         (workdir / "metrics.jsonl").write_text(json.dumps(last) + "\n")
         start = {"seconds": {"training": 2.0}, "memory": {"warmup": 2**20, "main": 3 * 2**20}}
         (workdir / "time.jsonl").write_text(json.dumps(start) + "\n")
-        (workdir / "config.json").write_text('{"crop": [64, 64]}\n')
+        stored = json.loads(config.to_json_best_effort())
+        stored["crop"] = stored["crop"] or [64, 64]  # left open, the data decide it
+        (workdir / "config.json").write_text(json.dumps(stored) + "\n")
         return 0
 
     monkeypatch.setattr(benchmark.phases, "run", train)
@@ -171,6 +173,20 @@ def test_a_run_is_named_by_what_its_config_changes(benchmark):
     assert longer.config.steps == 3001
 
 
+def test_results_of_fewer_keys_are_found(benchmark, tmp_path):
+    (run,) = runs(benchmark, 0, rows=["mkd"])
+    (longer,) = runs(benchmark, 0, rows=["mkd"], steps="3001")
+    config = json.loads(run.config.to_json_best_effort())
+    del config["parallel"], config["method"]["threshold"], config["model"]["embedding"]
+    result = {"config": config, "code": "x", "finished": "", "miou": 0.5}
+    (tmp_path / "mkd-seed0-0123abcd-x.json").write_text(json.dumps(result))
+    assert run.read(tmp_path) == result
+    assert longer.read(tmp_path) is None
+    config["method"]["no_longer_there"] = 1
+    (tmp_path / "mkd-seed0-0123abcd-x.json").write_text(json.dumps(result))
+    assert run.read(tmp_path) is None
+
+
 def test_the_table_pairs_seeds(benchmark, tmp_path):
     scores = {"supervised": (0.25, 0.30, 0.20), "mkd": (0.27, 0.31)}
     found = runs(benchmark, 0, 1, 2, rows=scores)
@@ -179,6 +195,7 @@ def test_the_table_pairs_seeds(benchmark, tmp_path):
             seconds = 40.0 if run.row == "mkd" else 10.0
             result = {"miou": scores[run.row][run.seed], "steps": 4, "code": "x", "finished": ""}
             result |= {"memory": 3 * 2**20} if run.row == "mkd" else {}
+            result["config"] = json.loads(run.config.to_json_best_effort())
             text = json.dumps({**result, "training_seconds": seconds})
             (tmp_path / f"{run.stem}-x.json").write_text(text)
     lines = benchmark.table(found, tmp_path).splitlines()
@@ -199,6 +216,7 @@ def test_labels_are_drawn_round_by_round(benchmark, monkeypatch, tmp_path):
     made = {"dmt": labelings("1_b", "1_a", "2_b", "2_a"), "dars": labelings("1", "2"), "mkd": []}
     for run in found:
         result = {"labelings": made[run.row], "code": "x", "finished": ""}
+        result["config"] = json.loads(run.config.to_json_best_effort())
         (tmp_path / f"{run.stem}-x.json").write_text(json.dumps(result))
     right, kept = benchmark.draw(found, tmp_path).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
