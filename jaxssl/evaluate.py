@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from jaxssl import logs, metrics, sharding, startup, sweep
 from jaxssl.config import Config
-from jaxssl.contracts import Network, Source, UserError, Variables
+from jaxssl.contracts import DataInfo, Network, Source, UserError, Variables
 from jaxssl.data import loading, pipeline
 from jaxssl.inference import Predict, Presentation, halve, make_predict
 from jaxssl.state import TEACHER
@@ -138,11 +138,7 @@ class Evaluator:
         """
         self.how = Presentation.of(config.eval, config.crop)
         self.whole_labels = source.info.task == "classification"
-        if self.whole_labels and self.how.mode in ("slide", "half_res"):
-            raise UserError(
-                f"eval.mode={self.how.mode} is for labels of pixels. To classify images, set "
-                "--config.eval.mode=whole, or center_crop where they differ in size."
-            )
+        check_mode(self.how, source.info)
         # What is halved before it is shown must not be halved again.
         self._halves = self.how.mode == "half_res"
         self._scored = dataclasses.replace(self.how, mode="whole") if self._halves else self.how
@@ -273,6 +269,15 @@ class Evaluator:
         if self.whole_labels:
             sums["reliability"] = metrics.reliability(labels, logits)
         return sums
+
+
+def check_mode(how: Presentation, info: DataInfo) -> None:
+    """UserError where images that have a class as a whole are to be seen by parts."""
+    if info.task == "classification" and how.mode in ("slide", "half_res"):
+        raise UserError(
+            f"eval.mode={how.mode} is for labels of pixels. To classify images, set "
+            "--config.eval.mode=whole, or center_crop where they differ in size."
+        )
 
 
 _NO_LABELS = (

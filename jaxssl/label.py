@@ -11,6 +11,15 @@ O, under the path that each image has in I and at its original size:
 and of all images together legend.png, summary.json (what is kept of each class, and from which
 confidence on) and classes.txt, which makes O, with images, a link to I, a folder to train on.
 
+Where the run classifies whole images, O gets in the place of these folders
+
+  labels.csv       a row for each image: its path in I; its label, empty where none is kept; its
+                   class, before any label was dropped; how sure that is, and the level of that
+  train/CLASS/...  links to the images with a label
+  unlabeled/...    links to the others
+
+which is a folder to train on, with data.name=class_folders.
+
 Rules see the labels of all images at once, and keep of them
 
   threshold:C     those with at least the confidence C, whatever their class
@@ -39,7 +48,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxssl import labeling, logs, selection
+from jaxssl import label_images, labeling, logs, selection
 from jaxssl.contracts import IGNORE_LABEL, DataInfo, Rule, UserError
 from jaxssl.data import loading
 from jaxssl.data.files import whole
@@ -116,32 +125,60 @@ def label(
     """
     keep = selection.parse(rule)
     _check(temperature, seed)
-    outputs, store = Outputs(output, run.info, overlay=False), Store(output, run.info)
+    whole = run.info.task == "classification"
+    outputs, store = Outputs(output, run.info, overlay=whole), Store(output, run.info)
     job = Job.of(run, images, outputs, network=network, step=step)
+    if whole:
+        label_images.check_names(job.names)
     settings = {**job.settings, "temperature": temperature}
     outputs.check_folder(settings)
     prior = _prior(run, keep, rule, store)
     outputs.claim(settings)
-    ids = {name: name.with_suffix("").as_posix() for name in job.names}
-    todo = [n for n in job.names if overwrite or _due(output, ids[n], job.folder / n)]
+    said = {
+        "rule": rule,
+        "seed": seed,
+        "labeler": {"workdir": str(run.workdir), "network": job.network, "step": job.step},
+        "shown": str(job.how),
+        "temperature": temperature,
+    }
     with logs.create_console() as console:
-        console.message(job.words(len(todo)))
-        failed, tiled = _predict(job, todo, ids, store, temperature, console)
-        labeled = [i for i in ids.values() if _predicted(output, i).exists()]
-        said = {"rule": rule, "seed": seed}
-        if not _selected(store, labeled, said):
-            summary = _select(store, labeled, keep, seed, prior, console)
-            labeler = {"workdir": str(run.workdir), "network": job.network, "step": job.step}
-            said |= {"labeler": labeler, "shown": str(job.how), "temperature": temperature}
-            counts = {"images": len(ids), "left_out": len(ids) - len(labeled)}
-            store.write_summary({**said, **counts, **summary})
-        summary = store.read_summary()
+        args = job, store, keep, prior, said, console
+        if whole:
+            failed, table = label_images.label_images(*args, overwrite=overwrite)
+            summary = store.read_summary()
+            done, tiled = label_images.result(job, table, summary), 0
+        else:
+            failed, tiled = _label_pixels(*args, overwrite=overwrite)
+            summary = store.read_summary()
+            done = _result(job, store, summary, images.expanduser())
         console.close()  # the bar stays above the result
         title = f"Pseudo-labels by {rule}: {labeling.line(summary)}"
         console.table(title, *_without_empty(labeling.COLUMNS, labeling.rows(summary)))
-        done = _result(job, len(labeled), store, summary, images.expanduser())
         console.message("\n".join([*done, *remarks(failed, tiled)]))
     return 1 if failed else 0
+
+
+def _label_pixels(
+    job: Job,
+    store: Store,
+    keep: Rule,
+    prior: np.ndarray,
+    said: Mapping[str, Any],
+    console: logs.Console,
+    *,
+    overwrite: bool,
+) -> tuple[int, int]:
+    """Labels pixels, and selects from all labels; as `label_all`."""
+    output, ids = store.folder, {n: n.with_suffix("").as_posix() for n in job.names}
+    todo = [n for n in job.names if overwrite or _due(output, ids[n], job.folder / n)]
+    console.message(job.words(len(todo)))
+    failed, tiled = _predict(job, todo, ids, store, said["temperature"], console)
+    labeled = [i for i in ids.values() if _predicted(output, i).exists()]
+    if not _selected(store, labeled, said):
+        summary = _select(store, labeled, keep, said["seed"], prior, console)
+        counts = {"images": len(ids), "left_out": len(ids) - len(labeled)}
+        store.write_summary({**said, **counts, **summary})
+    return failed, tiled
 
 
 def _check(temperature: float, seed: int) -> None:
@@ -293,11 +330,9 @@ def _copy(source: Path, target: Path) -> None:
         file.write(source.read_bytes())
 
 
-def _result(
-    job: Job, labeled: int, store: Store, summary: Mapping[str, Any], images: Path
-) -> list[str]:
+def _result(job: Job, store: Store, summary: Mapping[str, Any], images: Path) -> list[str]:
     """What to do next, for people."""
-    output = store.folder
+    output, labeled = store.folder, summary["images"] - summary["left_out"]
     lines = [
         f"Done: {labeled} of {len(job.names)} images have labels in {output / 'labels'}, the "
         f"classes' numbers, {IGNORE_LABEL} (white) where none is kept; colors in "

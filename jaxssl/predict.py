@@ -9,6 +9,9 @@ that each image has in I and at its original size:
   probabilities/NAME.npz  with --probabilities: "probabilities", float16 [h,w,C]
   label_ids/NAME.png      with --label_ids: what the server of Cityscapes takes, without subfolders
 
+Where the run classifies whole images, O gets one file instead: predictions.csv, with a row for each
+image: its path in I, its class, how sure that is, and with --probabilities that of each class.
+
 Images are read as training on a folder reads them: as viewers show them, turned upright by their
 orientation tag (and so are the outputs), without transparency. One that cannot be read is named,
 and the rest goes on. Nothing outside O is written to, and O must be empty or made by the same
@@ -25,7 +28,7 @@ import itertools
 import math
 import queue
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxssl import logs, startup
+from jaxssl.classify import Table, fill
 from jaxssl.contracts import Network, UnreadableError, UserError, Variables
+from jaxssl.evaluate import check_mode
 from jaxssl.inference import Predict, Presentation, make_predict
 from jaxssl.predictions import Outputs, Prediction, find_images, read_image
 from jaxssl.trained import Trained, open_trained
@@ -217,16 +222,16 @@ class Job:
           step: "best", "last" or a number.
 
         Raises:
-          UserError: no images, two that would be written to one file, no such network or step, or
-            the run does not label pixels.
+          UserError: no images, two that would be written to one file, or no such network or step.
         """
-        if run.info.task != "segmentation":
-            raise UserError(f"{run.workdir} classifies whole images: there are no pixels to label.")
         folder, names = _inputs(images.expanduser(), outputs.folder)
         outputs.check(names)
         network, step = network or run.headline, run.step(step)
         run.net(network)  # is there
-        how = Presentation.of(run.config.eval, run.config.crop).uncropped
+        how = Presentation.of(run.config.eval, run.config.crop)
+        check_mode(how, run.info)
+        if run.info.task == "segmentation":
+            how = how.uncropped
         return cls(run, network, step, how, folder, tuple(names))
 
     @property
@@ -298,7 +303,7 @@ def make_parser(command: str, description: str | None) -> argparse.ArgumentParse
     def show(name: str, **kwargs: Any) -> None:
         add(f"--{name}", f"--config.eval.{name}", **kwargs)
 
-    modes = ("whole", "slide", "half_res")
+    modes = ("whole", "slide", "half_res", "center_crop")
     show("mode", choices=modes, help="how images are shown (default: as the run was evaluated)")
     show("window", help="height,width of the windows of --mode=slide (default: the crop)")
     show("stride", help="height,width from one window to the next (default: 2/3 of a window)")
@@ -352,6 +357,8 @@ def predict(
     """
     job = Job.of(run, images, outputs, network=network, step=step)
     outputs.claim(job.settings)
+    if run.info.task == "classification":
+        return _classify(job, outputs, overwrite=overwrite)
     predictor = job.predictor(probabilities if outputs.probabilities else classes)
     files = {name: job.folder / name for name in job.names}
     due = {name: outputs.due(name, file, overwrite=overwrite) for name, file in files.items()}
@@ -370,6 +377,30 @@ def predict(
         console.message(
             "\n".join([*_result(len(todo) - failed, len(todo), outputs), *remarks(failed, tiled)])
         )
+    return 1 if failed else 0
+
+
+def _classify(job: Job, outputs: Outputs, *, overwrite: bool) -> int:
+    """`predict` of whole images."""
+    classes = job.run.info.classes
+    each = [f"probability/{name}" for name in classes] if outputs.probabilities else []
+    table = Table(outputs.folder / "predictions.csv", ("class", "confidence", *each))
+
+    def read(logits: jax.Array) -> dict[str, jax.Array]:
+        return {"label": logits.argmax(-1), "shares": jax.nn.softmax(logits)}
+
+    def words(found: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+        shares = [f"{share:.6f}" for share in found["shares"]]
+        label = int(found["label"])
+        return classes[label], shares[label], *(shares if each else ())
+
+    todo = table.due(job.folder, job.names, overwrite=overwrite)
+    with logs.create_console() as console:
+        console.message(job.words(len(todo)))
+        failed = fill(table, job, todo, read, words, console)
+        console.close()  # the bar stays above the result
+        done = f"Done: labeled {len(todo) - failed} of {len(todo)} images: {table.path}"
+        console.message("\n".join([done, *remarks(failed, 0)]))
     return 1 if failed else 0
 
 

@@ -77,7 +77,7 @@ class Outputs:
     Attributes:
       folder: of all outputs.
       info: classes and palette.
-      overlay: whether there are overlays.
+      overlay: whether there are overlays, of pixels' labels.
       probabilities: whether there are probabilities and confidences.
       label_ids: whether there are label ids of Cityscapes.
     """
@@ -89,6 +89,13 @@ class Outputs:
     label_ids: bool = False
 
     def __post_init__(self) -> None:
+        flags = {"--nooverlay": not self.overlay, "--label_ids": self.label_ids}
+        if self.info.task == "classification" and any(flags.values()):
+            given = next(flag for flag, is_given in flags.items() if is_given)
+            raise UserError(
+                f"{given} is for labels of pixels, and this run classifies whole images. Leave it "
+                "out: predictions.csv has what there is to say."
+            )
         if self.label_ids and self.info.classes != cityscapes.INFO.classes:
             raise UserError(
                 "--label_ids are those of Cityscapes, but this run has other classes: "
@@ -118,10 +125,13 @@ class Outputs:
         """Makes the output folder, once `check_folder` has nothing against it."""
         self.check_folder(settings)
         write_json(self.folder / _SETTINGS, settings)
-        self.write_legend()
+        if self.info.task == "segmentation":
+            self.write_legend()
 
     def paths(self, name: Path) -> dict[str, Path]:
-        """Kind -> file, for the image of that relative path."""
+        """Kind -> file, for the image of that relative path; none where it has one class alone."""
+        if self.info.task == "classification":
+            return {}
         paths = {"labels": self.folder / "labels" / name.with_suffix(".png")}
         if self.overlay:
             paths["overlays"] = self.folder / "overlays" / name.with_suffix(".jpg")
