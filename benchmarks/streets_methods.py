@@ -32,7 +32,7 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ RESULTS = FILE.parent / "results"
 BASELINE = "supervised"
 ABLATIONS = {"mkd": "table3/", "u2pl": "table6/", "rml": "table4/"}
 """By method, the table of its paper whose rows take it apart."""
+SCORES = {"miou": "mIoU", "accuracy": "accuracy"}
+"""Names of a run's score and their titles; by the task it has one of them."""
 SCORING = ("mode", "window", "stride", "flip", "scales")
 """Keys of `eval` that change a score."""
 
@@ -85,41 +87,77 @@ def rows() -> dict[str, Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", default=",".join(rows()), help="names, separated by commas")
-    parser.add_argument("--seeds", default="0,1,2,3", help="numbers, separated by commas")
+    parser = create_parser(__doc__, rows(), range(4))
     parser.add_argument("--network", choices=("scratch", "pretrained"), default="scratch")
     parser.add_argument("--budget", default="long", help="word of the configs' variants")
     parser.add_argument("--root", type=Path, help="a folder of images instead of the streets")
-    parser.add_argument("--workdirs", type=Path, default=Path("/tmp/streets_methods"))
-    parser.add_argument("--results", type=Path, help="default: a folder in benchmarks/results")
-    parser.add_argument("--again", action="store_true", help="repeat what other sources computed")
-    parser.add_argument("--table", action="store_true", help="print results, run nothing")
-    parser.add_argument("--plot", type=Path, help="draw pseudo-labels by round, run nothing")
+    args = parse(parser, rows())
+    results = args.results or RESULTS / (f"{args.root.name}_methods" if args.root else FILE.stem)
+
+    def config(row: Row, seed: int) -> Any:
+        return resolve(row, args.network, args.budget, seed, args.changes, args.root)
+
+    print(compare(args, rows(), config, results))
+    return 0
+
+
+def create_parser(
+    description: str | None, known: Mapping[str, Row], seeds: Iterable[int]
+) -> argparse.ArgumentParser:
+    """The options that every comparison has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, default = parser.add_argument, ",".join(map(str, seeds))
+    add("--rows", default=",".join(known), help="names, separated by commas")
+    add("--seeds", default=default, help="numbers, separated by commas")
+    add("--workdirs", type=Path, default=Path("/tmp/streets_methods"))
+    add("--results", type=Path, help="default: a folder in benchmarks/results")
+    add("--again", action="store_true", help="repeat what other sources computed")
+    add("--table", action="store_true", help="print results, run nothing")
+    add("--plot", type=Path, help="draw pseudo-labels by round, run nothing")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, known: Mapping[str, Row]) -> argparse.Namespace:
+    """The options of the command line, `rows` and `seeds` as lists, and what overrides the configs
+    as `changes`.
+    """
     args, overrides = parser.parse_known_args()
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
             parser.error(f"unexpected {override}; overrides look like --config.steps=100")
-    changes = dict(o.removeprefix("--config.").split("=", 1) for o in overrides)
-    names, seeds = args.rows.split(","), [int(seed) for seed in args.seeds.split(",")]
-    if unknown := set(names) - rows().keys():
-        parser.error(f"no row {min(unknown)!r}; there are {', '.join(rows())}")
+    args.changes = dict(o.removeprefix("--config.").split("=", 1) for o in overrides)
+    args.rows, args.seeds = args.rows.split(","), [int(seed) for seed in args.seeds.split(",")]
+    if unknown := set(args.rows) - known.keys():
+        parser.error(f"no row {min(unknown)!r}; there are {', '.join(known)}")
+    return args
+
+
+def compare(
+    args: argparse.Namespace,
+    known: Mapping[str, Row],
+    config: Callable[[Row, int], Any],
+    results: Path,
+) -> str:
+    """Does what the options ask for with the runs of a table, and gives the table.
+
+    Args:
+      args: of `parse`.
+      known: rows by name.
+      config: of a row and a seed.
+      results: folder of the files.
+    """
     # Seed by seed: whenever it is stopped, the rows done can be compared.
     runs = distinct(
-        Run(name, seed, resolve(rows()[name], args.network, args.budget, seed, changes, args.root))
-        for seed in seeds
-        for name in names
+        Run(name, seed, config(known[name], seed)) for seed in args.seeds for name in args.rows
     )
-    results = args.results or RESULTS / (f"{args.root.name}_methods" if args.root else FILE.stem)
     if args.plot:
         draw(runs, results).savefig(args.plot, dpi=150)
     if not (args.table or args.plot):
         for run in runs:
             measure(run, results, args.workdirs / results.name, again=args.again)
-    print(table(runs, results))
-    return 0
+    return table(runs, results)
 
 
 def labelings(workdir: Path) -> list[dict[str, Any]]:
@@ -231,12 +269,13 @@ def measure(run: Run, results: Path, workdirs: Path, *, again: bool = False) -> 
     print(f"{run.name}: training", flush=True)
     if code := phases.run(run.config, workdir):
         sys.exit(code)
-    last = [line for line in _lines(workdir / "metrics.jsonl") if "val/miou" in line][-1]
+    lines = _lines(workdir / "metrics.jsonl")
+    last, name = [(line, name) for line in lines for name in SCORES if f"val/{name}" in line][-1]
     starts = _lines(workdir / "time.jsonl")
     result = {
         "row": run.row,
         "seed": run.seed,
-        "miou": last["val/miou"],
+        name: last[f"val/{name}"],
         "mode": last["eval/mode"],
         "last": {key: value for key, value in last.items() if key.startswith(("val/", "watch/"))},
         "steps": last["step"],
@@ -261,22 +300,37 @@ def resolve(
     changes: Mapping[str, str],
     root: Path | None = None,
 ) -> Any:
-    """The row's config, with the seed in every place that draws."""
+    """The row's config on the street scenes, all of which have labels, or on a folder."""
     if root is None:
-        file, words = "cityscapes", ["streets", *([budget] if budget else [])]
+        data, words = "cityscapes", ["streets", *([budget] if budget else [])]
+        given: dict[str, Any] = {"eval.unlabeled_truth": True}
     else:
-        file, words = "folder", ["small"]
+        data, words = "folder", ["small"]
+        given = {"data.root": str(root.absolute())}
     if network == "pretrained":
         words.append("pretrained")
-    file = ROOT / "configs" / f"{row.config}_{file}.py"
-    config = _load(file).get_config(",".join(words))
+    return load_config(row, data, words, seed, {**given, **changes})
+
+
+def load_config(
+    row: Row, data: str, words: Iterable[str], seed: int, changes: Mapping[str, Any]
+) -> Any:
+    """A row's config, with the seed in every place that draws.
+
+    Args:
+      row: of the table.
+      data: last part of the file's name.
+      words: of its variant.
+      seed: of the run.
+      changes: values by key, or their text.
+    """
+    config = _load(ROOT / "configs" / f"{row.config}_{data}.py").get_config(",".join(words))
     # Panels and checkpoints cost time and change nothing; evaluated at the end alone.
-    given: dict[str, Any] = {"seed": seed, "data.seed": seed, "eval.panels": 0, "eval.every": 10**9}
-    if root is None:
-        given["eval.unlabeled_truth"] = True  # all street scenes have labels
-    else:
-        given["data.root"] = str(root.absolute())
-    asked = {key: _value(config, key, text) for key, text in changes.items()}
+    given = {"seed": seed, "data.seed": seed, "eval.panels": 0, "eval.every": 10**9}
+    asked = {
+        key: _value(config, key, value) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
     config.update_from_flattened_dict({**given, **asked, **row.overrides})
     return config
 
@@ -287,9 +341,10 @@ def table(runs: Sequence[Run], folder: Path) -> str:
     for run in runs:
         if result := run.read(folder):
             found.setdefault(run.row, {})[run.seed] = result
-    base = found.get(BASELINE, {})
+    base, every = found.get(BASELINE, {}), [one for row in found.values() for one in row.values()]
+    title = next((t for name, t in SCORES.items() if any(name in one for one in every)), "score")
     lines = [
-        f"| | seeds | mIoU % | minus {BASELINE} | better in | updates | time per update | MiB |",
+        f"| | seeds | {title} % | minus {BASELINE} | better in | updates | time per update | MiB |",
         "|---|---|---|---|---|---|---|---|",
         *(_line(name, results, base) for name, results in found.items()),
     ]
@@ -300,9 +355,9 @@ def table(runs: Sequence[Run], folder: Path) -> str:
 
 
 def _line(name: str, runs: Mapping[int, Any], base: Mapping[int, Any]) -> str:
-    scores = [100 * run["miou"] for run in runs.values()]
+    scores = [_score(run) for run in runs.values()]
     paired = sorted(runs.keys() & base.keys())
-    gaps = [100 * (runs[seed]["miou"] - base[seed]["miou"]) for seed in paired]
+    gaps = [_score(runs[seed]) - _score(base[seed]) for seed in paired]
     wins = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
     ratios = [_update_time(runs[seed]) / _update_time(base[seed]) for seed in paired]
     cost = f"{statistics.median(ratios):.1f}" if ratios else ""
@@ -348,6 +403,11 @@ def _rounds(labelings: Sequence[Mapping[str, Any]]) -> int:
     return len({one["phase"].removesuffix("_a").removesuffix("_b") for one in labelings})
 
 
+def _score(run: Mapping[str, Any]) -> float:
+    """In percent."""
+    return 100 * next(run[name] for name in SCORES if name in run)
+
+
 def _update_time(run: Mapping[str, Any]) -> float:
     return run["training_seconds"] / run["steps"]
 
@@ -363,16 +423,29 @@ def _spread(values: list[float], sign: str = "") -> str:
 @functools.cache
 def code_version(method: str) -> str:
     """Names what computed a number: every source of the package without its comments, except the
-    other methods'.
+    methods that it does not import.
     """
     package = ROOT / "jaxssl"
-    mine = {"__init__.py", "supervised.py", f"{method}.py"}
+    mine = {f"{name}.py" for name in ("__init__", "supervised", *_imported(method))}
     sources = [
         path.read_text()
         for path in sorted(package.rglob("*.py"))
         if path.parent.name != "methods" or path.name in mine
     ]
     return _digest("".join(ast.dump(_without_docstrings(source)) for source in sources))
+
+
+def _imported(method: str) -> set[str]:
+    """A method, and those that it imports or that these do."""
+    tree = ast.parse((ROOT / "jaxssl" / "methods" / f"{method}.py").read_text())
+    found = {method}
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module="jaxssl.methods", names=names):
+                found |= {alias.name for alias in names}
+            case ast.ImportFrom(module=str(module)) if module.startswith("jaxssl.methods."):
+                found.add(module.rpartition(".")[2])
+    return found.union(*map(_imported, found - {method}))
 
 
 def _without_docstrings(source: str) -> ast.AST:

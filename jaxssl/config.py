@@ -350,18 +350,18 @@ def cifar10(variant: Mapping[str, str | None]) -> Config:
     DMT's paper says of CIFAR-10; or Fashion-MNIST, or the embedded digits.
 
     Args:
-      variant: from `choose`: "labels", how many images are labeled, 4000 if None; "data" "fashion",
-        for which everything is as for CIFAR-10, "digits", or None.
+      variant: from `choose`: "labels", how many images are labeled, or "all", 4000 if None; "data"
+        "fashion", for which everything is as for CIFAR-10, "digits", or None.
     """
     config = default()
     use_network(config, "wide_resnet")
     labels = variant["labels"] or "4000"
+    few = labels != "all" and int(labels) <= 1000
     with config.unlocked():
         config.data.update(name="cifar10", root="data/cifar10", split=labels, validation=200)
         config.augment.update(scale=(1.0, 1.0), pad=4, randaugment=1, operations="paper", cutout=16)
     config.update(crop=(32, 32), epochs=750.0)
-    config.batch.update(labeled=16 if int(labels) <= 1000 else 64)
-    config.batch.unlabeled = 512 - config.batch.labeled
+    config.batch.update(labeled=16 if few else 64, unlabeled=496 if few else 448)
     config.optimizer.update(learning_rate=0.1, schedule="cosine")
     config.eval.update(every=5000, batch=500, unlabeled_truth=True)
     config.log.every = 100
@@ -708,12 +708,24 @@ def use_digits(config: Config, labels: str | None) -> None:
     with config.unlocked():
         config.data.update(name="digits", root="", size=8, split=labels or "50", validation=0)
     use_small(config)
-    config.update(crop=(8, 8), warmup=400, steps=400, epochs=None)
-    config.batch.update(labeled=16, unlabeled=48)
+    config.update(crop=(8, 8), warmup=400, steps=1000, epochs=None)
+    config.batch.update(labeled=8, unlabeled=24)
     config.augment.update(flip=False, pad=1, cutout=2)
     config.eval.update(every=0, batch=120)
     config.checkpoint.every = 200
     config.log.every = 20
+
+
+def use_own_views(config: Config) -> None:
+    """Swaps in what methods for whole images that make views of their own get: images that are
+    cropped and flipped alone; and as many updates as all phases of dmt_cifar10.py have.
+
+    Args:
+      config: is changed; of `cifar10`.
+    """
+    config.augment.update(randaugment=0, cutout=0)
+    if config.epochs is not None:
+        config.update(steps=240_000, epochs=None)
 
 
 def folder(network: str | None = None) -> Config:

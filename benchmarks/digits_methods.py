@@ -1,0 +1,52 @@
+"""DMT for images and what it is compared with, on the embedded digits: accuracy by labels.
+
+  python benchmarks/digits_methods.py  # all rows, 20 and 50 labels, seeds 0 to 4; goes on
+  python benchmarks/digits_methods.py --rows=supervised,dmt --labels=20 --seeds=0
+  python benchmarks/digits_methods.py --table  # prints what is there, runs nothing
+
+Options and files are those of streets_methods.py. A seed chooses the labeled images, the
+initialization and the order of the batches, so differences to "supervised" of the same seed are
+paired. Scores are accuracy in percent on the 360 validation images after the last update, of the
+network that the method reports: the average of what was trained, in every row. Updates are those of
+all phases; those of DMT and Curriculum Labeling begin anew in each of five rounds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import streets_methods as methods
+from streets_methods import BASELINE, Row
+
+FILE = Path(__file__).resolve()
+
+
+def rows() -> dict[str, Row]:
+    return {
+        BASELINE: Row("supervised", {"method.mixup": 0.0}),
+        "supervised_mixup": Row("supervised"),
+        "curriculum_labeling": Row("dmt", {"method.weight": "none"}),
+        "dmt": Row("dmt"),
+        "mean_teacher": Row("mean_teacher"),
+        "fixmatch": Row("fixmatch"),
+    }
+
+
+def main() -> int:
+    parser = methods.create_parser(__doc__, rows(), range(5))
+    parser.add_argument("--labels", default="20,50", help="how many, separated by commas")
+    args = methods.parse(parser, rows())
+    results = args.results or methods.RESULTS / FILE.stem
+    for labels in args.labels.split(","):
+
+        def config(row: Row, seed: int, labels: str = labels) -> Any:
+            return methods.load_config(row, "cifar10", ["digits", labels], seed, args.changes)
+
+        print(f"{labels} labels\n\n{methods.compare(args, rows(), config, results)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
