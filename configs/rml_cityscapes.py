@@ -47,9 +47,10 @@ def get_config(arg: str | None = None) -> configs.Config:
         config.steps //= 2  # a stage
         config.method.update(prototype_scale=1.0, ema_decay_max=0.99)
         config.model.update(dropout=0.1, stochastic_depth=0.9)
+        words = ",".join(word for word in str(arg).split(",") if word != "setr")
         config.next = (
             "compare with the labeled images alone: python -m jaxssl.main "
-            f"--config=configs/supervised_cityscapes.py:{arg} --workdir=/tmp/supervised",
+            f"--config=configs/supervised_cityscapes.py:{words} --workdir=/tmp/supervised",
         )
     else:
         config.data.split = variant["split"] or "1_8"

@@ -594,6 +594,8 @@ def test_a_pair_of_deeplab_and_setr(arg):
     streets = "streets" in arg
     assert (a["name"], b["name"]) == ("deeplab_v3plus" if streets else "deeplab_v2", "setr")
     assert models.load(b, 3).backbone == ("vit_mini" if streets else "vit_large")
+    if streets:
+        assert "setr" not in config.next[0]
     row = next(row for row in load("rml_sweep").get_rows() if row.name.endswith("v2_setr_iml"))
     for key, value in row.overrides.items():
         if key.startswith("method."):
