@@ -36,7 +36,6 @@ def get_config(arg: str | None = None) -> configs.Config:
             "weight": 1.0,
             "threshold": 0.95,
             "ema_decay_max": 0.999,
-            "auxiliary_weight": 0.4,
         }
     )
     configs.use_own_views(config)

@@ -36,7 +36,6 @@ def get_config(arg: str | None = None) -> configs.Config:
             "rampup": 0.27,
             "ema_decay_max": 0.999,
             "teacher_stats": "ema",
-            "auxiliary_weight": 0.4,
         }
     )
     configs.use_own_views(config)

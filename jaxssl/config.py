@@ -477,7 +477,6 @@ def dmt_images(**changes: Any) -> Config:
             "oracle_epochs": 300.0,
             "supervised_rate": 0.2,
             "ema_decay_max": 0.999,
-            "auxiliary_weight": 0.4,
             "teacher_stats": "ema",
         }
     )

@@ -20,7 +20,7 @@ from jaxssl.contracts import Labeling, Plan, UserError
 from jaxssl.data import masks, tfds
 from jaxssl.data.folder import Facts
 from jaxssl.inference import Presentation
-from jaxssl.methods import rml
+from jaxssl.methods import dmt_images, rml
 from jaxssl.state import create
 from jaxssl.step import Clock, make_train_step
 
@@ -31,6 +31,7 @@ ONLINE = ("supervised", "cps", "cutmix_seg", "dml", "fixmatch", "mean_teacher", 
 FILES = [name for name in CITYSCAPES if name.removesuffix("_cityscapes") in ONLINE]
 FOLDERS = sorted(path.stem for path in (ROOT / "configs").glob("*_folder.py"))
 VOC = sorted(path.stem for path in (ROOT / "configs").glob("*_voc.py"))
+CIFAR10 = sorted(path.stem for path in (ROOT / "configs").glob("*_cifar10.py"))
 SPLITS = ("1_16", "1_8", "1_4", "1_2")
 
 
@@ -71,7 +72,8 @@ def trace(config, num_classes: int = 19):
             learning_rate=config.optimizer.learning_rate,
             seed=0,
         )
-        images = {stream.name: arrays(stream, size) for stream in phase.streams}
+        whole = {net.task for net in nets.values()} == {"classification"}
+        images = {stream.name: arrays(stream, size, whole=whole) for stream in phase.streams}
         frozen = {name: state.network(weights.network) for name, weights in phase.frozen.items()}
         clock = jax.eval_shape(lambda phase=phase: Clock.of(phase, 0))
         after, metrics = jax.eval_shape(step, state, frozen, images, clock)
@@ -87,12 +89,12 @@ def unlike(phases):
     return seen.values()
 
 
-def arrays(stream, size):
+def arrays(stream, size, *, whole):
     image = jax.ShapeDtypeStruct((stream.batch, *size, 3), jnp.uint8)
-    valid = jax.ShapeDtypeStruct((stream.batch, *size), jnp.bool_)
-    label = jax.ShapeDtypeStruct((stream.batch, *size), jnp.uint8)
-    confidence = jax.ShapeDtypeStruct((stream.batch, *size), jnp.float32)
-    found = {"image": image, "valid": valid}
+    shape = (stream.batch, *(() if whole else size))
+    label = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    confidence = jax.ShapeDtypeStruct(shape, jnp.float32)
+    found = {"image": image} if whole else {"image": image, "valid": label.update(dtype=bool)}
     if stream.labels is not None:
         found["label"] = label
     return found | ({"confidence": confidence} if isinstance(stream.labels, Labeling) else {})
@@ -231,20 +233,92 @@ def test_pretrained_swaps_the_backbone(name):
         get_config(name, "r101,pretrained")
 
 
-@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, "mkd_pets"])
+@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, *CIFAR10, "mkd_pets"])
 def test_docstrings_give_command_cost_and_published_figure(name):
     text = load(name).__doc__
     for word in ("Command", "python -m jaxssl.main", "Cost:", "Published"):
         assert word in text
 
 
-@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, "mkd_pets"])
+@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, *CIFAR10, "mkd_pets"])
 def test_configs_list_every_field_of_their_method(name):
     config = get_config(name)
     method = methods.load(config.method)
-    optional = {"teacher_stats"} | (set() if config.model.auxiliary else {"auxiliary_weight"})
+    auxiliary = config.model.get("auxiliary")
+    optional = {"teacher_stats"} | (set() if auxiliary else {"auxiliary_weight"})
     fields = set(vars(method)) - optional
     assert fields <= set(config.method), fields - set(config.method)
+
+
+@pytest.mark.parametrize("arg", [None, "1000", "fashion", "digits,20"])
+@pytest.mark.parametrize("name", CIFAR10)
+def test_steps_on_whole_images_keep_the_state(name, arg):
+    config, phases = get_config(name, arg), 0
+    for before, after, metrics in trace(config, 10):
+        assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+        assert metrics["loss"][0].shape == ()
+        phases += 1
+    online = name in ("mean_teacher_cifar10", "fixmatch_cifar10")
+    assert phases == (2 if name == "dmt_cifar10" or (online and "digits" in (arg or "")) else 1)
+
+
+@pytest.mark.parametrize(
+    ("arg", "batch", "cutout", "size"),
+    [
+        ("4000", (64, 448), 16, 32),
+        ("1000", (16, 496), 16, 32),
+        ("fashion,4000", (64, 448), 14, 28),
+    ],
+)
+def test_dmt_trains_on_cifar10_as_the_paper_says(arg, batch, cutout, size):
+    config, labels = get_config("dmt_cifar10", arg), arg.split(",")[-1]
+    assert (config.epochs, config.steps, config.warmup) == (750, None, 0)
+    assert (config.batch.labeled, config.batch.unlabeled) == batch
+    assert (config.data.split, config.data.validation) == (labels, 200)
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.9)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (0.1, 5e-4)
+    assert (config.optimizer.schedule, config.optimizer.decay_norm_and_bias) == ("cosine", True)
+    assert config.augment.to_dict() == {
+        "scale": (1.0, 1.0),
+        "scale_median": None,
+        "flip": True,
+        "rotate": 0.0,
+        "blur": 0.0,
+        "pad": 4,
+        "randaugment": 1,
+        "operations": "paper",
+        "cutout": cutout,
+    }
+    model = models.load(config.model, 10)
+    assert (config.model.name, model.depth, model.widen) == ("wide_resnet", 28, 2)
+    assert tuple(config.crop) == (size, size)
+    assert methods.load(config.method) == dmt_images.Method(supervised_rate=0.2)
+
+
+@pytest.mark.parametrize(
+    ("arg", "updates"), [("1000", 4143), ("4000", 8286), ("all", 29_297), ("fashion,4000", 9077)]
+)
+def test_labels_of_cifar10_alone_have_the_updates_that_dmt_begins_with(arg, updates):
+    config, labels = get_config("supervised_cifar10", arg), arg.split(",")[-1]
+    total = 60_000 if "fashion" in arg else 50_000
+    count = total if labels == "all" else int(labels)
+    sizes = {"labeled": count, "unlabeled": total - count}
+    assert config.optimizer.learning_rate == 0.2
+    for one in (config, *([get_config("dmt_cifar10", arg)] if labels != "all" else [])):
+        batch = {name: one.batch[name] for name in ("labeled", "unlabeled")}
+        first, *_ = methods.load(one.method).phases(Plan(sizes, batch, 10, epochs=one.epochs))
+        assert (first.steps, first.streams[0].batch) == (updates, 512)
+
+
+@pytest.mark.parametrize("arg", ["digits", "digits,20"])
+def test_digits_of_all_methods_are_the_same(arg):
+    first, *others = (get_config(name, arg).to_dict() for name in CIFAR10)
+    assert (first["data"]["name"], first["data"]["split"]) == ("digits", arg[7:] or "50")
+    for config in others:
+        for key in ("data", "model", "optimizer", "crop", "warmup", "steps", "eval"):
+            assert config[key] == first[key]
+    with pytest.raises(UserError, match="'digits' and 'fashion' exclude each other"):
+        get_config("dmt_cifar10", "digits,fashion")
 
 
 def test_pets_are_read_by_tfds():
