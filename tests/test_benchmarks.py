@@ -31,13 +31,24 @@ def runs(benchmark, *seeds, rows=None, **changes):
     ]
 
 
-def train_nothing(benchmark, monkeypatch):
+@pytest.fixture(scope="module")
+def digits():
+    """The benchmark on digits, and the one whose parts it has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FILE.parent)
+        module = importlib.import_module("digits_methods")
+    yield module
+    for name in ("digits_methods", "streets_methods"):
+        sys.modules.pop(name)
+
+
+def train_nothing(benchmark, monkeypatch, score="miou"):
     trained = []
 
     def train(config, workdir):
         trained.append(config)
         workdir.mkdir(parents=True)
-        last = {"step": 7, "eval/mode": "whole", "val/miou": 0.5}
+        last = {"step": 7, "eval/mode": "whole", f"val/{score}": 0.5}
         (workdir / "metrics.jsonl").write_text(json.dumps(last) + "\n")
         start = {"seconds": {"training": 2.0}, "memory": {"warmup": 2**20, "main": 3 * 2**20}}
         (workdir / "time.jsonl").write_text(json.dumps(start) + "\n")
@@ -203,6 +214,32 @@ def test_the_table_pairs_seeds(benchmark, tmp_path):
         "| supervised | 3 | 25.0 ± 5.0 |  |  | 4 | 1.0 |  |",
         "| mkd | 2 | 29.0 ± 2.8 | +1.5 ± 0.7 | 2 of 2 | 4 | 4.0 | 3 |",
     ]
+
+
+def test_digits_are_compared_by_accuracy_for_each_number_of_labels(
+    digits, monkeypatch, capsys, tmp_path
+):
+    trained = train_nothing(digits.methods, monkeypatch, "accuracy")
+    where = [f"--results={tmp_path / 'r'}", f"--workdirs={tmp_path / 'w'}"]
+    monkeypatch.setattr(sys, "argv", ["digits_methods.py", "--seeds=0,3", *where])
+    assert digits.main() == 0
+    found = [(config.data.split, config.data.seed, config.seed) for config in trained]
+    rows = len(digits.rows())
+    assert found == [(n, seed, seed) for n in ("20", "50") for seed in (0, 3) for _ in range(rows)]
+    for i, config in enumerate(trained):
+        for key in ("data", "model", "optimizer", "crop", "warmup", "steps", "eval"):
+            assert config[key] == trained[i - i % rows][key]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "labels" in line] == ["20 labels", "50 labels"]
+    assert sum("| accuracy % |" in line for line in lines) == 2
+    assert sum("| dmt | 2 | 50.0 ± 0.0 | +0.0 ± 0.0 | 0 of 2 |" in line for line in lines) == 2
+    assert digits.main() == 0
+    assert len(trained) == 2 * 2 * rows  # nothing twice
+
+
+def test_the_sources_of_a_method_are_those_that_it_imports(benchmark):
+    assert benchmark._imported("supervised") == {"supervised"}
+    assert benchmark._imported("dmt_images") == {"dmt_images", "dmt", "mean_teacher", "supervised"}
 
 
 def test_labels_are_drawn_round_by_round(benchmark, monkeypatch, tmp_path):
