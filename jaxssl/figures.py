@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -117,15 +118,6 @@ def error_figure(labelings: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-_INK, _RED, _BLUE, _ORANGE = "#1c1e22", "#b3261e", "#2f5d8a", "#d9913a"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure((min(width, 40), height), layout="constrained")
-
-
 def reliability_figure(found: Reliability) -> Figure:
     """How often predictions of a confidence are right, which is as often as it says on the line
     that is drawn; and how many predictions there are of each.
@@ -153,6 +145,34 @@ def reliability_figure(found: Reliability) -> Figure:
     error = f"calibration error {100 * calibration_error(found):.2f} %"
     figure.legend(loc="outside upper right", ncols=2, frameon=False, title=error)
     return figure
+
+
+def coupling_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Lines for how far two networks are apart while they learn: RML's Figure 2.
+
+    Args:
+      curves: of `read_coupling`, at least one.
+    """
+    figure = _figure(6.4, 3.8)
+    axes = figure.subplots()
+    _quiet(axes)
+    for (name, curve), color in zip(curves.items(), itertools.cycle(_LINES), strict=False):
+        axes.plot(curve["step"], curve["distance"], color=color, linewidth=1.5, label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("total variation distance")
+    figure.legend(loc="outside upper right", ncols=min(len(curves), 4), frameon=False)
+    return figure
+
+
+_INK, _RED, _BLUE, _ORANGE = "#1c1e22", "#b3261e", "#2f5d8a", "#d9913a"
+_LINES = (_BLUE, _ORANGE, "#5b8c5a", "#8a5a9e", "#6b6f76")
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure((min(width, 40), height), layout="constrained")
 
 
 def _unit(info: DataInfo) -> str:

@@ -12,6 +12,8 @@ network. It prints tables and writes to the folder W/report:
                      measured it (config.eval.unlabeled_truth), which share of these labels is right
   errors.png         where it was measured, which share of the surest labels of each round is wrong
                      (Figure 1 of DMT)
+  coupling.png       how far the two networks of a method are apart while they learn (Figure 2 of
+                     RML); those of other runs, too, with --compare=W2,W3
   report.json        all numbers; shares are in [0,1]
 
 With `--calibration` a network labels the unlabeled images once more. Rules that choose among its
@@ -44,7 +46,13 @@ from jaxssl import comparison, logs, metrics, panels
 from jaxssl.contracts import DataInfo, UserError
 from jaxssl.data import cityscapes, files
 from jaxssl.data.pseudo_labels import Store
-from jaxssl.figures import class_figure, error_figure, quality_figure, reliability_figure
+from jaxssl.figures import (
+    class_figure,
+    coupling_figure,
+    error_figure,
+    quality_figure,
+    reliability_figure,
+)
 from jaxssl.trained import Trained, evaluation_path, open_trained
 
 if TYPE_CHECKING:
@@ -87,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides = {} if args.root is None else {"data.root": args.root}
         run = open_trained(args.workdir, overrides)
         with logs.create_console() as console:
-            report(run, console)
+            report(run, console, others=args.compare)
             if args.calibration:
                 comparison.compare(
                     run,
@@ -113,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--workdir", required=True, type=Path, help="of the run")
+    add("--compare", type=_paths, default=(), metavar="W2,W3", help="runs to draw beside this one")
     add("--calibration", action="store_true", help="compare calibrations and rules")
     group = parser.add_argument_group("with --calibration")
     add = group.add_argument
@@ -125,11 +134,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def report(run: Trained, console: logs.Console) -> dict[str, Any]:
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(Path(word).expanduser() for word in text.split(","))
+
+
+def report(run: Trained, console: logs.Console, *, others: Sequence[Path] = ()) -> dict[str, Any]:
     """Prints what a run wrote of itself, and writes `report/`.
+
+    Args:
+      run: to report.
+      console: shows the tables.
+      others: workdirs whose coupling is drawn beside that of the run.
 
     Returns:
       What report.json holds.
+
+    Raises:
+      UserError: one of the others has none.
     """
     labelings = read_labelings(run)
     prior = {}
@@ -155,6 +176,14 @@ def report(run: Trained, console: logs.Console) -> dict[str, Any]:
             pictures["errors.png"] = error_figure(labelings)
     else:
         console.message("No phase of this run has learned from stored pseudo-labels.")
+    if curves := read_coupling((run.workdir, *others)):
+        found |= {"coupling": curves}
+        pictures["coupling.png"] = coupling_figure(curves)
+        console.table(
+            "Total variation distance of the two networks",
+            ("run", "at first", "mean", "at last"),
+            [_coupling_row(*one) for one in curves.items()],
+        )
     files.write_json(folder / "report.json", found)
     for name, picture in pictures.items():
         _write_picture(folder / name, picture)
@@ -223,6 +252,44 @@ def read_labelings(run: Trained) -> list[dict[str, Any]]:
     """What the labeling before each phase came to (`labeling.summarize`), in order."""
     stores = (Store.of(run.workdir, phase, run.info) for phase, _ in run.phases)
     return [store.read_summary() for store in stores if store.complete]
+
+
+def read_coupling(workdirs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """How far the two networks of each run are apart, by its folder's name: `measured`, the
+    metric's name, and lists `step` and `distance`. Steps of training say it most often; where one
+    of the runs does not, it is what evaluations say. Nothing where a single run has no such thing.
+
+    Raises:
+      UserError: one of several runs has none.
+    """
+    lines = {path: _lines(path / "metrics.jsonl") for path in workdirs}
+
+    def has(path: Path, key: str) -> bool:
+        return any(line.get(key) is not None for line in lines[path])
+
+    keys = ("train/coupling", "watch/coupling")
+    key = next((key for key in keys if all(has(path, key) for path in workdirs)), None)
+    if key is None and len(workdirs) == 1:
+        return {}
+    if key is None:
+        silent = next(path for path in workdirs if not has(path, keys[1]))
+        raise UserError(
+            f"{silent} does not say how far two networks are apart: no line of its metrics.jsonl "
+            f"has {keys[1]}. Compare runs of methods with two networks."
+        )
+    found = {}
+    for path in workdirs:
+        name = path.name if [one.name for one in workdirs].count(path.name) == 1 else str(path)
+        mine = [line for line in lines[path] if line.get(key) is not None]
+        steps, distances = ([line[k] for line in mine] for k in ("step", key))
+        found[name] = {"measured": key, "step": steps, "distance": distances}
+    return found
+
+
+def _coupling_row(name: str, curve: Mapping[str, Any]) -> tuple[str, ...]:
+    distances = curve["distance"]
+    values = (distances[0], float(np.mean(distances)), distances[-1])
+    return name, *(f"{value:.3f}" for value in values)
 
 
 def _score(

@@ -15,7 +15,13 @@ from sklearn import metrics as sklearn
 from jaxssl import report, trained
 from jaxssl.contracts import DataInfo
 from jaxssl.data import cityscapes, loading
-from jaxssl.figures import class_figure, error_figure, quality_figure, reliability_figure
+from jaxssl.figures import (
+    class_figure,
+    coupling_figure,
+    error_figure,
+    quality_figure,
+    reliability_figure,
+)
 from jaxssl.metrics import Reliability
 from jaxssl.report import CITYSCAPES_TAIL, main, tail_classes
 
@@ -178,6 +184,42 @@ def test_bars_are_how_often_confidences_are_right():
     assert heights == pytest.approx([30, 70])
     assert [bar.get_height() for bar in below.patches] == pytest.approx([25, 75])
     assert above.figure.legends[0].get_title().get_text() == "calibration error 17.50 %"
+
+
+def log(workdir, key, distances):
+    workdir.mkdir(exist_ok=True)
+    lines = [{"step": 10 * i, "phase": "main", key: x} for i, x in enumerate(distances)]
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_coupling_is_compared_by_what_all_runs_measure(workdir, tmp_path):
+    """Two folders of one name are told apart."""
+    one, other = tmp_path / "one" / "w", tmp_path / "other" / "w"
+    one.parent.mkdir()
+    other.parent.mkdir()
+    for path, values in ((workdir, (0.5, None, 0.3)), (one, (0.4, 0.1)), (other, (0.9, 0.8))):
+        log(path, "watch/coupling", values)
+    log(one, "train/coupling", (0.7, 0.6))
+    assert main([f"--workdir={workdir}", f"--compare={one},{other}"]) == 0
+    assert (workdir / "report" / "coupling.png").exists()
+    found = read(workdir, "report.json")["coupling"]
+    assert [*found] == [str(workdir), str(one), str(other)]
+    first = {"measured": "watch/coupling", "step": [0, 20], "distance": [0.5, 0.3]}
+    assert found[str(workdir)] == first
+    found = report.read_coupling([one])
+    assert found["w"]["measured"] == "train/coupling"
+    (line,) = coupling_figure(found).axes[0].lines
+    np.testing.assert_allclose(line.get_ydata(), [0.7, 0.6])
+    assert line.get_label() == "w"
+
+
+def test_a_run_of_one_network_has_no_coupling(workdir, tmp_path, capsys):
+    log(tmp_path / "other", "train/coupling", (0.7, 0.6))
+    assert report.read_coupling([workdir]) == {}
+    assert main([f"--workdir={workdir}", f"--compare={tmp_path / 'other'}"]) == 2
+    error = capsys.readouterr().err
+    assert f"{workdir} does not say how far two networks are apart" in error
 
 
 # Shares of the labeled pixels in Cityscapes' train set, in %.
