@@ -32,6 +32,7 @@ FILES = [name for name in CITYSCAPES if name.removesuffix("_cityscapes") in ONLI
 FOLDERS = sorted(path.stem for path in (ROOT / "configs").glob("*_folder.py"))
 VOC = sorted(path.stem for path in (ROOT / "configs").glob("*_voc.py"))
 CIFAR10 = sorted(path.stem for path in (ROOT / "configs").glob("*_cifar10.py"))
+OTHERS = ("dmt_class_folders", "mkd_pets")
 SPLITS = ("1_16", "1_8", "1_4", "1_2")
 
 
@@ -233,14 +234,14 @@ def test_pretrained_swaps_the_backbone(name):
         get_config(name, "r101,pretrained")
 
 
-@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, *CIFAR10, "mkd_pets"])
+@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, *CIFAR10, *OTHERS])
 def test_docstrings_give_command_cost_and_published_figure(name):
     text = load(name).__doc__
     for word in ("Command", "python -m jaxssl.main", "Cost:", "Published"):
         assert word in text
 
 
-@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, *CIFAR10, "mkd_pets"])
+@pytest.mark.parametrize("name", [*CITYSCAPES, *FOLDERS, *VOC, *CIFAR10, *OTHERS])
 def test_configs_list_every_field_of_their_method(name):
     config = get_config(name)
     method = methods.load(config.method)
@@ -250,8 +251,13 @@ def test_configs_list_every_field_of_their_method(name):
     assert fields <= set(config.method), fields - set(config.method)
 
 
-@pytest.mark.parametrize("arg", [None, "1000", "fashion", "digits,20"])
-@pytest.mark.parametrize("name", CIFAR10)
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [
+        *itertools.product(CIFAR10, (None, "1000", "fashion", "digits,20")),
+        *(("dmt_class_folders", arg) for arg in (None, "small", "pretrained")),
+    ],
+)
 def test_steps_on_whole_images_keep_the_state(name, arg):
     config, phases = get_config(name, arg), 0
     for before, after, metrics in trace(config, 10):
@@ -259,7 +265,7 @@ def test_steps_on_whole_images_keep_the_state(name, arg):
         assert metrics["loss"][0].shape == ()
         phases += 1
     online = name in ("mean_teacher_cifar10", "fixmatch_cifar10")
-    assert phases == (2 if name == "dmt_cifar10" or (online and "digits" in (arg or "")) else 1)
+    assert phases == (2 if name.startswith("dmt") or (online and "digits" in (arg or "")) else 1)
 
 
 @pytest.mark.parametrize(

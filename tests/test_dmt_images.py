@@ -1,6 +1,8 @@
 import dataclasses
+import importlib.util
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from conftest import (
     softmax,
     use_devices,
 )
+from PIL import Image
 
 from jaxssl import config as configs
 from jaxssl import methods, mixing, models, optim, phases, sharding
@@ -29,6 +32,7 @@ from jaxssl.selection import TopShare, confidence
 from jaxssl.step import Clock, make_train_step
 
 C = 4
+CONFIGS = Path(__file__).parents[1] / "configs"
 ROUNDS = [f"round_{number}" for number in (1, 2, 3, 4, 5)]
 
 
@@ -335,6 +339,26 @@ def test_the_holdout_chooses_who_labels(config, tmp_path):
     summary = json.loads((tmp_path / "pseudo_labels" / "round_1" / "summary.json").read_text())
     assert len(before) == 2
     assert summary["labeler"]["step"] == best["step"]
+
+
+def test_images_of_ones_own_have_any_size(tmp_path, monkeypatch):
+    """Two classes in folders, and images without one; the labeler sees the middle of each."""
+    config, rng = prepare(monkeypatch), np.random.default_rng(0)
+    spec = importlib.util.spec_from_file_location("own", CONFIGS / "dmt_class_folders.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    own = module.get_config("small")
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog", "unlabeled"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(6):
+            image = rng.integers(0, 256, (9 + i, 20 - i, 3), np.uint8)
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+    own.update(crop=(8, 8), warmup=4, steps=10, distributed="off", compilation_cache="")
+    own.data.root, own.batch, own.log = str(tmp_path), {"labeled": 4, "unlabeled": 2}, config.log
+    own.batch.accumulate = 1
+    assert phases.run(own, tmp_path / "w") == 0
+    summary = json.loads((tmp_path / "w/pseudo_labels/round_5/summary.json").read_text())
+    assert (summary["images"], summary["left_out"], summary["kept"]) == (6, 0, 1.0)
 
 
 def test_panels_show_images_beside_their_classes(whole):
