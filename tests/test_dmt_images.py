@@ -14,6 +14,7 @@ from conftest import (
     assert_same_run,
     cross_entropy,
     forward,
+    leaves,
     make_state,
     run_until,
     softmax,
@@ -306,6 +307,16 @@ def test_killed_inside_a_round_it_goes_on_as_it_was(config, whole, tmp_path, ste
     run_until(step, config, tmp_path)
     assert phases.run(config, tmp_path) == 0
     assert_same_run(tmp_path, whole[0])
+
+
+def test_eight_devices_run_as_one_does(config, tmp_path, monkeypatch):
+    config.method.ratios = (1.0,)  # where a few are chosen, rounding may choose another one
+    for count in (1, 8):
+        use_devices(monkeypatch, count)
+        assert phases.run(config, tmp_path / str(count)) == 0
+    one, eight = (leaves(tmp_path / name) for name in "18")
+    for name, value in one.items():
+        np.testing.assert_allclose(eight[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_each_round_begins_with_a_network_of_its_own(config, tmp_path, monkeypatch):
