@@ -125,9 +125,13 @@ def test_pixels_as_sure_as_each_other_teach_nothing():
 
 @pytest.mark.parametrize(("kept", "weight"), [(12, 1.0), (3, 4.0), (0, 0.0)])
 def test_weight_is_equation_8(kept, weight):
-    labels = np.full((2, 2, 3), 255, np.uint8)
+    """However large the crop is in which these twelve pixels stand."""
+    labels, valid = np.full((2, 2, 3), 255, np.uint8), np.ones((2, 2, 3), bool)
     labels.ravel()[:kept] = 1
-    assert u2pl.unsupervised_weight(jnp.asarray(labels), 1.5) == pytest.approx(1.5 * weight)
+    for size in (0, 5):
+        edges = ((0, 0), (0, size), (0, size))
+        padded = np.pad(labels, edges, constant_values=255), np.pad(valid, edges)
+        assert u2pl.unsupervised_weight(*padded, 1.5) == pytest.approx(1.5 * weight)
 
 
 def test_anchors_are_equations_9_to_11():
@@ -323,7 +327,7 @@ def reference(method, state, batch, progress, queues):
         "loss_supervised": cross_entropy(large[:n], hard(large[:n], truth, method))
         + 0.4 * cross_entropy(2 * large[:n], hard(2 * large[:n], truth, method)),
         "loss_unsupervised": cross_entropy(large[n:], taught),
-        "weight_unsupervised": method.eta * taught.size / kept,
+        "weight_unsupervised": method.eta * valid.sum() / kept,
         "kept": kept / valid.sum(),
     }
     loss = parts["loss_supervised"] + parts["weight_unsupervised"] * parts["loss_unsupervised"]

@@ -227,7 +227,7 @@ class Method(supervised.TeacherStudent):
             criterion=self._criterion,
         )
         loss_u = losses.cross_entropy(net.resize(outputs.logits[n:], valid.shape[1:]), targets)
-        lambda_u, one = unsupervised_weight(targets, self.eta), jnp.ones(())
+        lambda_u, one = unsupervised_weight(targets, valid, self.eta), jnp.ones(())
         loss = loss_s + lambda_u * loss_u
         metrics: Metrics = {
             "loss_supervised": (loss_s, one),
@@ -417,10 +417,19 @@ def reliable(labels: jax.Array, entropies: jax.Array, gamma: jax.Array) -> jax.A
     return jnp.where(entropies < gamma, labels, IGNORE_LABEL).astype(labels.dtype)
 
 
-def unsupervised_weight(labels: jax.Array, eta: float) -> jax.Array:
-    """Equation 8: eta times B H W over the number of pixels that have a label; 0 if none has."""
+def unsupervised_weight(labels: jax.Array, valid: jax.Array, eta: float) -> jax.Array:
+    """Equation 8: eta over the share of the pixels that have a label; 0 if none has.
+
+    Of all pixels, B H W there, padding is none: on PASCAL VOC, where it is a third of the crops,
+    the weight would be half as large again.
+
+    Args:
+      labels: uint8 `[B,H,W]`.
+      valid: bool, likewise, False in padding.
+      eta: base weight.
+    """
     kept = _count(labels != IGNORE_LABEL)
-    return jnp.where(kept > 0, eta * labels.size / jnp.maximum(kept, 1), 0)
+    return jnp.where(kept > 0, eta * _count(valid) / jnp.maximum(kept, 1), 0)
 
 
 def anchor_classes(p: jax.Array, labels: jax.Array, threshold: float) -> jax.Array:
