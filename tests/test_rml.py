@@ -588,6 +588,8 @@ def test_what_a_stage_begins_with(settings, frozen, sweeps):
 def test_without_stages_the_baseline_is_left():
     (alone,) = rml.Method(stages=0).phases(plan(steps=50))
     assert (alone.name, alone.steps) == ("warmup", 50)
+    (alone,) = rml.Method(stages=0).phases(plan(steps=50, warmup=7))
+    assert alone.steps == 57  # as many updates as a run of one stage
     assert len(rml.Method(stages=1).phases(plan())) == 2
 
 

@@ -59,7 +59,8 @@ class Method(contracts.Method):
         the moment.
       p0: the probabilities that are rectified, those of the teacher as it was when the "stage"
         began (eq. 6), or as it is ("online").
-      stages: how many there are. 0 leaves the baseline: labels alone for as long as a stage takes.
+      stages: how many there are. 0 leaves the baseline: labels alone, for as long as a stage takes
+        after a warm-up, if the plan has one.
       momentum: lambda of eq. 11.
       model_noise: students have dropout and stochastic depth, as strong as their networks say.
       input_noise: each student sees the unlabeled images through its own `views.rand_augment`, then
@@ -116,7 +117,8 @@ class Method(contracts.Method):
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
         """Labels alone, for a fifth of a stage unless the plan says how long, then the stages."""
         steps = plan.main_steps("unlabeled")
-        warmup = plan.warmup or (max(1, steps // 5) if self.stages else steps)
+        before = plan.warmup or max(1, steps // 5)
+        warmup = before if self.stages else plan.warmup + steps
         phases = [*supervised.warmup_phase(dataclasses.replace(plan, warmup=warmup), self.students)]
         for number in range(1, self.stages + 1):
             phases.append(self._stage(plan, number, phases[-1]))
