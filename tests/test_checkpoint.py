@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxssl.checkpoint import CheckpointError, Checkpoints
+from jaxssl.checkpoint import FORMAT, CheckpointError, Checkpoints
 from jaxssl.contracts import UserError
 
 
@@ -90,7 +90,7 @@ def test_metadata_round_trip(tmp_path):
         checkpoints.save(7, make_state(), meta)
         before = checkpoints.latest()
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest() == before == (7, {**meta, "format": 1, "keep": []})
+        assert checkpoints.latest() == before == (7, {**meta, "format": FORMAT, "keep": []})
 
 
 @pytest.mark.parametrize(("saved", "restored"), [(1, 8), (8, 1), (8, 2)])
@@ -167,7 +167,7 @@ def damage_text(directory):
 
 
 def damage_format(directory):
-    (directory / "meta" / "metadata").write_text('{"format": 2}')
+    (directory / "meta" / "metadata").write_text(f'{{"format": {FORMAT + 1}}}')
 
 
 @pytest.mark.parametrize("damage", [damage_empty, damage_metadata, damage_text, damage_format])

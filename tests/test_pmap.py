@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import (
     Linear,
+    Pooled,
     assert_same_run,
     cross_entropy,
     make_state,
@@ -30,16 +31,17 @@ MAKE_MESH = sharding.make_mesh
 
 def phase_of(method, index=-1, *, images=16):
     count = {"labeled": images, "unlabeled": images}
-    plan = Plan(sizes=count, batch=count, num_classes=4, steps=10, warmup=4, crop=SIZE)
+    sizes = {"labeled": images, "unlabeled": 8 * images}
+    plan = Plan(sizes=sizes, batch=count, num_classes=4, steps=10, warmup=4, crop=SIZE)
     return method.phases(plan)[index]
 
 
-def batch_of(phase, *, ignored=False):
+def batch_of(phase, *, ignored=False, task="segmentation"):
     """Noise; where some of it is `ignored`, images differ in how much."""
     rng = np.random.default_rng(0)
-    batch = {stream.name: stream_arrays(stream, rng, SIZE) for stream in phase.streams}
+    batch = {stream.name: stream_arrays(stream, rng, SIZE, task=task) for stream in phase.streams}
     for arrays in batch.values():
-        if ignored:
+        if ignored and task == "segmentation":
             share = rng.uniform(0.1, 0.9, (len(arrays["image"]), 1, 1))
             arrays["valid"][2:4, -2:] = False
             if "label" in arrays:
@@ -49,7 +51,8 @@ def batch_of(phase, *, ignored=False):
 
 
 def nets_of(method):
-    return {name: Linear(channels=5 + i) for i, name in enumerate(method.students)}
+    kind = Linear if "segmentation" in method.tasks else Pooled
+    return {name: kind(channels=5 + i) for i, name in enumerate(method.students)}
 
 
 def start(method):
@@ -99,7 +102,7 @@ def assert_close(state, expected, **tolerances):
 def test_a_step_of_every_method_leaves_the_same_on_all_devices(name):
     method = methods.load({"name": name})
     phase = phase_of(method)
-    after, metrics = run(method, phase, batch_of(phase, ignored=True), "pmap")
+    after, metrics = run(method, phase, batch_of(phase, ignored=True, task=method.tasks[0]), "pmap")
     for leaf in jax.tree.leaves((after, metrics)):
         first, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
         assert len(others) == 7
