@@ -15,7 +15,6 @@ from conftest import (
 )
 
 from jaxssl import mixing
-from jaxssl.contracts import UserError
 from jaxssl.methods import cutmix_seg
 
 SIZE = (16, 24)
