@@ -9,8 +9,9 @@ Cost: a student and its teacher, three forward passes a step, one backward. With
   34862 updates on 16 + 16 crops of 769x769, which the paper does not say the time of. The memory
   bank takes 0.9 GiB, and while a step runs twice that; --config.method.bank_dtype=bfloat16 halves
   it, --config.method.teacher_forwards=one saves a third of the teacher's time. On smaller machines:
-  --config.model.dtype=bfloat16, --config.model.remat, --config.batch.accumulate=4. What contrast
-  costs is in benchmarks/results/u2pl_contrast_cpu.json.
+  --config.model.dtype=bfloat16, --config.model.remat, --config.batch.accumulate=4. In the
+  demo a step takes seven tenths of MKD's; contrast is a tenth of it, and a part of the same size is
+  for the representation head (benchmarks/u2pl_contrast.py).
 
 Published (Table 3, mIoU on val, windows of the crop, single scale, the teacher):
                    1_16    1_8     1_4     1_2
