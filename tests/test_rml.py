@@ -23,8 +23,11 @@ from jaxssl import config as configs
 from jaxssl import contracts, methods, mixing, models, optim, phases, sharding, sweep, views
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import Weights
+from jaxssl.data import loading
 from jaxssl.inference import make_predict
 from jaxssl.methods import rml
+from jaxssl.models import mlp
+from jaxssl.state import create
 from jaxssl.step import Clock, make_train_step
 
 C, SIZE = 4, (16, 24)
@@ -864,3 +867,63 @@ def test_killed_in_the_second_stage_it_goes_on_as_it_was(config, tmp_path, monke
     assert texts[0] == texts[1]
     for metric in ("train/coupling", "watch/coupling", "train/rectified_b", "val/teacher_b/miou"):
         assert metric in texts[0]
+
+
+def coupling(supervision, seeds, *, model_noise=False):
+    """How far the labelers of two perceptrons are apart, `[seeds,steps of the stage]`, as
+    configs/rml_digits.py trains larger ones.
+    """
+    _, sources = loading.training_sets({"name": "digits", "root": "", "split": "1_60", "seed": 0})
+    labeled, unlabeled = (
+        {name: np.stack([one[name] for one in sources[stream]]) for name in names}
+        for stream, names in (("labeled", ("image", "label")), ("unlabeled", ("image",)))
+    )
+    net = mlp.Model(num_classes=10, hidden=(32, 32), dropout=0.5)
+    nets, settings = {"a": net, "b": net}, {**OPTIMIZER, "name": "adamw"}
+    optimizer, schedule = optim.make_optimizer(settings), optim.make_schedule(settings)
+    method = rml.Method(
+        supervision=supervision,
+        rectification=False,
+        stages=1,
+        model_noise=model_noise,
+        input_noise=False,
+    )
+    warmup, stage = method.phases(plan(150, warmup=100))
+
+    def draw(arrays, key, size):
+        rows = jax.random.choice(key, len(arrays["image"]), (size,), replace=False)
+        return {name: jnp.asarray(array)[rows] for name, array in arrays.items()}
+
+    def train(state, phase, key):
+        clock = Clock.of(phase, 0)._replace(begin=state.step)
+        step = make_train_step(method, nets, phase, optimizer, schedule, learning_rate=1e-3, seed=0)
+
+        def update(state, k):
+            one, other = jax.random.split(jax.random.fold_in(key, k))
+            batch = {"labeled": draw(labeled, one, 8), "unlabeled": draw(unlabeled, other, 32)}
+            state, metrics = step(state, {}, batch, clock)
+            return state, metrics.get("coupling")
+
+        return jax.lax.scan(update, state, state.step + jnp.arange(phase.steps))
+
+    def run(seed):
+        key_a, key_b, key = jax.random.split(jax.random.key(seed), 3)
+        drawn = {"a": net.init(key_a, (8, 8)), "b": net.init(key_b, (8, 8))}
+        state, _ = train(create(method, nets, optimizer, "ab", drawn), warmup, key)
+        _, (total, count) = train(state, stage, key)
+        return total / count
+
+    return np.asarray(jax.jit(jax.vmap(run))(jnp.arange(seeds)))
+
+
+def test_direct_mutual_learning_couples_faster_and_noise_keeps_networks_apart():
+    """Figure 2. Over ten seeds, distances had ratios of 0.68 to 0.76 where 0.85 is asked for; what
+    was left of them late was 0.51 to 0.60 without noise, and 0.91 to 1.21 with it.
+    """
+    direct, indirect = coupling("direct", 5), coupling("peer", 5)
+    noisy = coupling("peer", 5, model_noise=True)
+    np.testing.assert_array_equal(direct[:, 0], indirect[:, 0])  # what both begin with
+    early, late = slice(0, 5), slice(50, None)
+    assert (direct[:, late].mean(1) < 0.85 * indirect[:, late].mean(1)).all()
+    assert (indirect[:, late].mean(1) < 0.7 * indirect[:, early].mean(1)).all()
+    assert (noisy[:, late].mean(1) > 0.8 * noisy[:, early].mean(1)).all()
