@@ -327,6 +327,21 @@ def test_digits_of_all_methods_are_the_same(arg):
         get_config("dmt_cifar10", "digits,fashion")
 
 
+@pytest.mark.parametrize("variant", ["direct", "indirect", "noisy"])
+def test_rml_on_digits_differs_in_who_teaches_alone(variant):
+    config, mnist = get_config("rml_digits", variant), get_config("rml_digits", f"mnist,{variant}")
+    method = methods.load(config.method)
+    assert method == methods.load(mnist.method)
+    assert method.supervision == ("direct" if variant == "direct" else "peer")
+    assert method.model_noise == method.input_noise == (variant == "noisy")
+    assert (mnist.data.name, mnist.data.split, mnist.crop) == ("mnist", "1_60", (28, 28))
+    first = get_config("rml_digits", "direct").to_dict()
+    assert {**config.to_dict(), "method": first["method"]} == first
+    *_, (before, after, metrics) = trace(config, 10)
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+    assert "coupling" in metrics
+
+
 def test_pets_are_read_by_tfds():
     config = get_config("mkd_pets")
     assert set(tfds.DEFAULTS) <= set(config.data)
