@@ -70,6 +70,35 @@ def panel(
     return np.array(sheet)
 
 
+def sheet(images: Sequence[np.ndarray], captions: Sequence[str], *, columns: int = 8) -> np.ndarray:
+    """Draws images side by side, at most 128 pixels large, with a line below each.
+
+    Args:
+      images: uint8 `[h,w,3]`, at least one.
+      captions: as many.
+      columns: how many stand in a row.
+
+    Returns:
+      uint8 `[H,W,3]`.
+    """
+    side, columns = 128, min(columns, len(images))
+    rows, step = -(-len(images) // columns), (side + _GAP, side + _LINE + _GAP)
+    paper = Image.new("RGB", (_GAP + columns * step[0], _GAP + rows * step[1]), _PAPER)
+    pen = ImageDraw.Draw(paper)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = _GAP + i % columns * step[0], _GAP + i // columns * step[1]
+        tile = Image.fromarray(image)
+        if (factor := side // max(tile.size)) > 1:
+            size = tile.width * factor, tile.height * factor
+            tile = tile.resize(size, Image.Resampling.NEAREST)
+        tile.thumbnail((side, side))
+        paper.paste(tile, (x, y))
+        while _font(13).getlength(caption) > side and len(caption) > 2:
+            caption = f"{caption[:-2]}…"
+        _write(pen, (x, y + side + _LINE // 2), caption, _INK, 13)
+    return np.array(paper)
+
+
 def write(
     path: str | os.PathLike[str],
     rows: Sequence[Sequence[np.ndarray]],

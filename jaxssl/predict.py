@@ -9,8 +9,9 @@ that each image has in I and at its original size:
   probabilities/NAME.npz  with --probabilities: "probabilities", float16 [h,w,C]
   label_ids/NAME.png      with --label_ids: what the server of Cityscapes takes, without subfolders
 
-Where the run classifies whole images, O gets one file instead: predictions.csv, with a row for each
-image: its path in I, its class, how sure that is, and with --probabilities that of each class.
+Where the run classifies whole images, O gets instead predictions.csv, with a row for each image:
+its path in I, its class, how sure that is, and with --probabilities that of each class; and
+sheet.png, which shows some of each class, the surest first.
 
 Images are read as training on a folder reads them: as viewers show them, turned upright by their
 orientation tag (and so are the outputs), without transparency. One that cannot be read is named,
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -35,10 +37,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from jaxssl import logs, startup
+from jaxssl import logs, panels, startup
 from jaxssl.classify import Table, fill
 from jaxssl.contracts import Network, UnreadableError, UserError, Variables
+from jaxssl.data.files import whole
 from jaxssl.evaluate import check_mode
 from jaxssl.inference import Predict, Presentation, make_predict
 from jaxssl.predictions import Outputs, Prediction, find_images, read_image
@@ -398,10 +402,27 @@ def _classify(job: Job, outputs: Outputs, *, overwrite: bool) -> int:
     with logs.create_console() as console:
         console.message(job.words(len(todo)))
         failed = fill(table, job, todo, read, words, console)
+        if todo or not (outputs.folder / "sheet.png").exists():
+            _write_sheet(job, table, outputs.folder / "sheet.png")
         console.close()  # the bar stays above the result
         done = f"Done: labeled {len(todo) - failed} of {len(todo)} images: {table.path}"
         console.message("\n".join([done, *remarks(failed, 0)]))
     return 1 if failed else 0
+
+
+def _write_sheet(job: Job, table: Table, path: Path, most: int = 64) -> None:
+    """Shows images of a table, evenly spaced in the order of class and confidence."""
+    shown = [name for name in job.names if name.as_posix() in table.rows]
+    words = {name: table.rows[name.as_posix()] for name in shown}
+    shown.sort(key=lambda name: (words[name][0], -float(words[name][1])))
+    images, captions = [], []
+    for name in shown[:: max(1, -(-len(shown) // most))]:
+        with contextlib.suppress(UnreadableError):  # it was read before
+            images.append(read_image(job.folder / name))
+            captions.append(f"{words[name][0]}  {100 * float(words[name][1]):.0f} %")
+    if images:
+        with whole(path) as file:
+            Image.fromarray(panels.sheet(images, captions)).save(file, "PNG")
 
 
 def label_all(

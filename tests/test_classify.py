@@ -79,7 +79,9 @@ def test_a_folder_is_classified(saved, images, tmp_path, capsys):
         assert float(row["confidence"]) == pytest.approx(shares.max(), abs=1e-4)
         found = [float(row[f"probability/{c}"]) for c in range(10)]
         np.testing.assert_allclose(found, shares, atol=1e-4)
-    assert {path.name for path in out.iterdir()} == {"predictions.csv", "predictions.json"}
+    names = {path.name for path in out.iterdir()}
+    assert names == {"predictions.csv", "predictions.json", "sheet.png"}
+    assert np.asarray(Image.open(out / "sheet.png")).shape == (8 + 5 * 160, 8 + 8 * 136, 3)
     assert contents(images) == before
 
 

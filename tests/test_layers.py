@@ -113,9 +113,11 @@ ALLOWED = {
     "predict": {
         "classify",
         "contracts",
+        "data",
         "evaluate",
         "inference",
         "logs",
+        "panels",
         "predictions",
         "startup",
         "trained",

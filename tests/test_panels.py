@@ -134,3 +134,18 @@ def test_confusions_fit_their_picture(classes, side):
     beside, below = picture[8 : 8 + classes * side, 24:72], picture[8 + classes * side : -24]
     assert (beside < 200).any((1, 2)).reshape(classes, side).any(1).all()  # a name each
     assert (below < 200).any((0, 2))[-8 - classes * side : -8].reshape(classes, side).any(1).all()
+
+
+def test_images_stand_side_by_side():
+    small, large = np.full((8, 4, 3), 7, np.uint8), np.full((100, 512, 3), 9, np.uint8)
+    picture = panels.sheet([small, large, small], ["a", "b" * 99, "c"], columns=2)
+    assert picture.shape == (8 + 2 * 160, 8 + 2 * 136, 3)
+    for top, left, height, width, value in (
+        (8, 8, 128, 64, 7),
+        (8, 144, 25, 128, 9),
+        (168, 8, 128, 64, 7),
+    ):
+        assert (picture[top : top + height, left : left + width] == value).all()
+        assert (picture[top : top + height, left + width : left + 136] == 255).all()
+        below = picture[top + 128 : top + 152, left : left + 128]
+        assert (below < 100).any()
