@@ -1,7 +1,7 @@
 """Methods against supervised training on street scenes: same labels, student updates and network.
 
   python benchmarks/streets_methods.py  # all rows, seeds 0 to 3; goes on where it was
-  python benchmarks/streets_methods.py --rows=supervised,mkd --seeds=0,1 --network=pretrained
+  python benchmarks/streets_methods.py --network=pretrained --updates=300+800 --seeds=0,1,2
   python benchmarks/streets_methods.py --table  # prints what is there, runs nothing
   python benchmarks/streets_methods.py --root=DIR --config.data.split=40  # on a folder of images
   python benchmarks/streets_methods.py --rows=dmt,dars,cbst --plot=FILE.png  # labels by round
@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 from jaxssl import config as configs
 from jaxssl import logs, methods, phases, trained
-from jaxssl.contracts import UserError
+from jaxssl.contracts import Plan, UserError
 
 FILE = Path(__file__).resolve()
 ROOT = FILE.parents[1]
@@ -90,12 +90,19 @@ def main() -> int:
     parser = create_parser(__doc__, rows(), range(4))
     parser.add_argument("--network", choices=("scratch", "pretrained"), default="scratch")
     parser.add_argument("--budget", default="long", help="word of the configs' variants")
+    parser.add_argument(
+        "--updates", help="instead, as 300+800: of each student on labels alone, then in all rounds"
+    )
     parser.add_argument("--root", type=Path, help="a folder of images instead of the streets")
     args = parse(parser, rows())
     results = args.results or RESULTS / (f"{args.root.name}_methods" if args.root else FILE.stem)
 
     def config(row: Row, seed: int) -> Any:
-        return resolve(row, args.network, args.budget, seed, args.changes, args.root)
+        changes = args.changes
+        if args.updates:
+            base = resolve(Row(row.config), args.network, args.budget, seed, changes, args.root)
+            changes = changes | share_updates(base, args.updates)
+        return resolve(row, args.network, args.budget, seed, changes, args.root)
 
     print(compare(args, rows(), config, results))
     return 0
@@ -310,6 +317,19 @@ def resolve(
     if network == "pretrained":
         words.append("pretrained")
     return load_config(row, data, words, seed, {**given, **changes})
+
+
+def share_updates(config: Any, updates: str) -> dict[str, str]:
+    """The keys that give each student of a method so many updates, such as "300+800", where `steps`
+    is a main phase's, a stage's or a round's.
+    """
+    warmup, main = (int(part) for part in updates.split("+"))
+    one_each = Plan(
+        {"labeled": 1, "unlabeled": 1}, {"labeled": 1, "unlabeled": 1}, 2, steps=1, warmup=warmup
+    )
+    phases = methods.load(config.method).phases(one_each)
+    rounds = sum(phase.steps for phase in phases if "a" in phase.train) - warmup
+    return {"warmup": str(warmup), "steps": str(main // rounds)}
 
 
 def load_config(

@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> configs.Config:
         arg,
         labels=("20", "50", "250", "1000", "4000"),
         data=("digits", "fashion"),
+        network=("small",),
     )
     config = configs.cifar10(variant)
     config.method = ConfigDict(
@@ -39,7 +40,7 @@ def get_config(arg: str | None = None) -> configs.Config:
         }
     )
     configs.use_own_views(config)
-    if variant["data"] == "digits":
+    if variant["data"] == "digits" or variant["network"] == "small":
         config.method.ema_decay_max = 0.98
         config.next = (
             "compare with the labeled images alone: python -m jaxssl.main "

@@ -25,12 +25,13 @@ def get_config(arg: str | None = None) -> configs.Config:
         arg,
         labels=("20", "50", "250", "1000", "4000", "all"),
         data=("digits", "fashion"),
+        network=("small",),
     )
     config = configs.cifar10(variant)
     config.method = configs.supervised(mixup=0.75, ema_decay_max=0.999)
-    if variant["data"] == "digits":
+    if variant["data"] == "digits" or variant["network"] == "small":
         config.method.ema_decay_max = 0.98
-        config.batch.labeled = 16
+        config.batch.labeled = 16 if variant["data"] == "digits" else 64
         config.next = (
             "compare with DMT: python -m jaxssl.main "
             f"--config=configs/dmt_cifar10.py:{arg} --workdir=/tmp/dmt",

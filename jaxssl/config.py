@@ -351,7 +351,8 @@ def cifar10(variant: Mapping[str, str | None]) -> Config:
 
     Args:
       variant: from `choose`: "labels", how many images are labeled, or "all", 4000 if None; "data"
-        "fashion", for which everything is as for CIFAR-10, "digits", or None.
+        "fashion", for which everything is as for CIFAR-10, "digits", or None; "network" None or
+        "small", for CPUs.
     """
     config = default()
     use_network(config, "wide_resnet")
@@ -370,8 +371,11 @@ def cifar10(variant: Mapping[str, str | None]) -> Config:
             config.data.update(name="mnist", set="fashion", root="data/fashion")
         config.crop = (28, 28)
         config.augment.cutout = 14
-    elif variant["data"] == "digits":
+    if variant["data"] == "digits":
         use_digits(config, variant["labels"])
+    elif variant["network"] == "small":
+        use_few_updates(config)
+        config.batch.update(labeled=16, unlabeled=48)
     return config
 
 
@@ -697,8 +701,7 @@ def use_streets(config: Config, split: str | None, budget: str | None = None) ->
 
 def use_digits(config: Config, labels: str | None) -> None:
     """Swaps in the embedded digits, and a network that trains on them in a minute on a laptop.
-
-    Nothing is held out of so few labels: a phase is evaluated at its end, and best is what is last.
+    Nothing is held out of so few labels.
 
     Args:
       config: is changed.
@@ -706,11 +709,23 @@ def use_digits(config: Config, labels: str | None) -> None:
     """
     with config.unlocked():
         config.data.update(name="digits", root="", size=8, split=labels or "50", validation=0)
-    use_small(config)
-    config.update(crop=(8, 8), warmup=400, steps=1000, epochs=None)
+    use_few_updates(config)
+    config.crop = (8, 8)
     config.batch.update(labeled=8, unlabeled=24)
     config.augment.update(flip=False, pad=1, cutout=2)
-    config.eval.update(every=0, batch=120)
+    config.eval.batch = 120
+
+
+def use_few_updates(config: Config) -> None:
+    """Swaps in a small network and as many updates as a CPU does on small images in minutes. A
+    phase is evaluated at its end, and best is what is last.
+
+    Args:
+      config: is changed; of `cifar10`.
+    """
+    use_small(config)
+    config.update(warmup=400, steps=1000, epochs=None)
+    config.eval.every = 0
     config.checkpoint.every = 200
     config.log.every = 20
 

@@ -104,6 +104,15 @@ def test_rows_of_a_seed_share_everything_but_the_method(benchmark):
 
 
 @pytest.mark.parametrize(
+    ("name", "steps"), [("supervised", 800), ("mkd", 800), ("dmt", 160), ("st", 400), ("rml", 400)]
+)
+def test_updates_are_shared_among_rounds(benchmark, name, steps):
+    row = benchmark.rows()[name]
+    config = benchmark.resolve(row, "scratch", "long", 0, {})
+    assert benchmark.share_updates(config, "300+800") == {"warmup": "300", "steps": str(steps)}
+
+
+@pytest.mark.parametrize(
     ("network", "root", "same"),
     [
         ("scratch", None, "mkd_mutual_strong"),
@@ -235,6 +244,20 @@ def test_digits_are_compared_by_accuracy_for_each_number_of_labels(
     assert sum("| dmt | 2 | 50.0 ± 0.0 | +0.0 ± 0.0 | 0 of 2 |" in line for line in lines) == 2
     assert digits.main() == 0
     assert len(trained) == 2 * 2 * rows  # nothing twice
+
+
+def test_fashion_takes_the_place_of_the_digits(digits, monkeypatch, tmp_path):
+    trained = train_nothing(digits.methods, monkeypatch, "accuracy")
+    given = [f"--fashion={tmp_path}", "--labels=250,1000", "--seeds=0", "--rows=supervised,dmt"]
+    where = [f"--results={tmp_path / 'r'}", f"--workdirs={tmp_path / 'w'}"]
+    monkeypatch.setattr(sys, "argv", ["digits_methods.py", *given, *where])
+    assert digits.main() == 0
+    assert [(c.data.set, c.data.split, c.method.name) for c in trained] == [
+        ("fashion", labels, method)
+        for labels in ("250", "1000")
+        for method in ("supervised", "dmt_images")
+    ]
+    assert {(c.data.root, c.model.depth) for c in trained} == {(str(tmp_path), 10)}
 
 
 def test_the_sources_of_a_method_are_those_that_it_imports(benchmark):

@@ -254,7 +254,7 @@ def test_configs_list_every_field_of_their_method(name):
 @pytest.mark.parametrize(
     ("name", "arg"),
     [
-        *itertools.product(CIFAR10, (None, "1000", "fashion", "digits,20")),
+        *itertools.product(CIFAR10, (None, "1000", "fashion", "fashion,small", "digits,20")),
         *(("dmt_class_folders", arg) for arg in (None, "small", "pretrained")),
     ],
 )
@@ -265,7 +265,8 @@ def test_steps_on_whole_images_keep_the_state(name, arg):
         assert metrics["loss"][0].shape == ()
         phases += 1
     online = name in ("mean_teacher_cifar10", "fixmatch_cifar10")
-    assert phases == (2 if name.startswith("dmt") or (online and "digits" in (arg or "")) else 1)
+    warmup = online and ("digits" in (arg or "") or "small" in (arg or ""))
+    assert phases == (2 if name.startswith("dmt") or warmup else 1)
 
 
 @pytest.mark.parametrize(
@@ -316,10 +317,19 @@ def test_labels_of_cifar10_alone_have_the_updates_that_dmt_begins_with(arg, upda
         assert (first.steps, first.streams[0].batch) == (updates, 512)
 
 
-@pytest.mark.parametrize("arg", ["digits", "digits,20"])
-def test_digits_of_all_methods_are_the_same(arg):
+@pytest.mark.parametrize(
+    ("arg", "data", "labels"),
+    [
+        ("digits", "digits", "50"),
+        ("digits,20", "digits", "20"),
+        ("small,250", "cifar10", "250"),
+        ("fashion,1000,small", "mnist", "1000"),
+    ],
+)
+def test_data_of_small_networks_are_the_same_for_all_methods(arg, data, labels):
     first, *others = (get_config(name, arg).to_dict() for name in CIFAR10)
-    assert (first["data"]["name"], first["data"]["split"]) == ("digits", arg[7:] or "50")
+    assert (first["data"]["name"], first["data"]["split"]) == (data, labels)
+    assert (first["warmup"], first["steps"], first["model"]["depth"]) == (400, 1000, 10)
     for config in others:
         for key in ("data", "model", "optimizer", "crop", "warmup", "steps", "eval"):
             assert config[key] == first[key]
