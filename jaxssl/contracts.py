@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import (
     TYPE_CHECKING,
+    Annotated,
     Any,
     ClassVar,
     Literal,
@@ -432,9 +434,49 @@ class Aux(NamedTuple):
     metrics: Metrics
 
 
+class Bounds(NamedTuple):
+    """The finite numbers that a field of a method takes, as a part of its type:
+    `Annotated[float, Bounds(0, 1)]`.
+
+    Attributes:
+      low: the least.
+      high: the most.
+      without: bounds that are left out themselves.
+    """
+
+    low: float = 0
+    high: float = math.inf
+    without: tuple[float, ...] = ()
+
+    def contain(self, value: float) -> bool:
+        """Whether it is one of them."""
+        inside = self.low <= value <= self.high and math.isfinite(value)
+        return inside and value not in self.without
+
+    def __str__(self) -> str:
+        above = f"above {self.low}" if self.low in self.without else f"from {self.low}"
+        if self.high == math.inf:
+            return above if self.low in self.without else f"{above} on"
+        return f"{above} to {'below ' if self.high in self.without else ''}{self.high}"
+
+
+Share: TypeAlias = Annotated[float, Bounds(0, 1)]
+"""Of a whole; also a probability."""
+
+NonNegative: TypeAlias = Annotated[float, Bounds(0)]
+"""Such as the weight of a loss."""
+
+Positive: TypeAlias = Annotated[float, Bounds(0, without=(0,))]
+"""Such as a temperature."""
+
+Count: TypeAlias = Annotated[int, Bounds(1)]
+"""One or more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
-    """What the networks learn from. Fields are hyper-parameters; nothing else is stored.
+    """What the networks learn from. Fields are hyper-parameters, and their types say which words
+    (`Literal`) and numbers (`Bounds`) they take. Nothing else is stored.
 
     `tasks` is what a method can learn; one that looks at pixels says so.
 
@@ -468,14 +510,18 @@ class Method(abc.ABC):
     teacher_stats: Literal["ema", "copy", "own"] = dataclasses.field(default="ema", kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuses words that a field does not know."""
-        for field, kind in get_type_hints(type(self)).items():
+        """Refuses words that a field does not know, and numbers outside its bounds."""
+        for field, kind in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, field)
             words = get_args(kind) if get_origin(kind) is Literal else ()
-            if words and getattr(self, field) not in words:
+            if words and value not in words:
                 raise UserError(
-                    f"Unknown method.{field} {getattr(self, field)!r}. There are: "
-                    f"{', '.join(map(str, words))}."
+                    f"Unknown method.{field} {value!r}. There are: {', '.join(map(str, words))}."
                 )
+            numbers = value if isinstance(value, tuple) else (value,)
+            bounds = _bounds(kind)
+            if bounds and not all(n is None or bounds.contain(n) for n in numbers):
+                raise UserError(f"method.{field}={value} is no number {bounds}.")
 
     @abc.abstractmethod
     def phases(self, plan: Plan) -> tuple[Phase, ...]:
@@ -560,3 +606,9 @@ class Method(abc.ABC):
         """
         del progress
         return logits.argmax(-1).astype("uint8")
+
+
+def _bounds(kind: Any) -> Bounds | None:
+    """Of a type, of what it may be None instead of, or of the items of a tuple."""
+    found = (part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Bounds))
+    return next(found, None) or next(filter(None, map(_bounds, get_args(kind))), None)

@@ -10,7 +10,9 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Mapping
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +309,48 @@ SMALL = {
     for name in methods.for_task(task)
 }
 PHASES = [(*key, i) for key, small in SMALL.items() for i in range(len(small.phases))]
+
+
+@pytest.mark.parametrize("name", methods.available())
+def test_numbers_of_every_method_have_bounds(name):
+    """A field that is a number, may be None instead, or holds several, says which it takes."""
+    cls = type(methods.load({"name": name}))
+    kinds = get_type_hints(cls, include_extras=True)
+    plain = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        parts = {plain[field.name], *get_args(plain[field.name])}
+        if parts & {int, float} and field.name not in ("rank_low", "rank_high"):
+            assert "Bounds" in repr(kinds[field.name]), f"{name}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside", "words"),
+    [
+        (contracts.Bounds(0, 1), (0, 0.5, 1), (-0.1, 1.1, math.nan), "from 0 to 1"),
+        (contracts.Bounds(0), (0, 1e9), (-1e-9, math.inf, -math.inf), "from 0 on"),
+        (contracts.Bounds(0, without=(0,)), (1e-9, 5), (0, -1), "above 0"),
+        (contracts.Bounds(0, 1, without=(1,)), (0, 0.99), (1,), "from 0 to below 1"),
+        (contracts.Bounds(0.5, 1, without=(0.5, 1)), (0.6,), (0.5, 1), "above 0.5 to below 1"),
+    ],
+)
+def test_bounds(bounds, inside, outside, words):
+    assert all(map(bounds.contain, inside))
+    assert not any(map(bounds.contain, outside))
+    assert str(bounds) == words
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"name": "mkd", "ema_decay_max": 1.5}, r"method.ema_decay_max=1.5 is no number from 0 to"),
+        ({"name": "mkd", "threshold": -0.5}, r"method.threshold=-0.5 is no number from 0 to 1\."),
+        ({"name": "dmt", "ratios": (0.5, 20.0)}, r"method.ratios=\(0.5, 20.0\) is no number from"),
+        ({"name": "fixmatch", "ema_decay_max": -1.0}, "method.ema_decay_max=-1.0 is no number"),
+    ],
+)
+def test_numbers_outside_their_bounds_are_refused(fields, words):
+    with pytest.raises(contracts.UserError, match=words):
+        methods.load(fields)
 
 
 def test_every_method_learns_something():

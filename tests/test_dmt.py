@@ -490,7 +490,7 @@ def test_how_images_are_shown_to_the_labeler(settings, crop, shown):
         ({"labels": "both"}, "mutual, own, online"),
         ({"start": "random"}, "weights, sampling"),
         ({"label_at": "whole"}, "crop, full"),
-        ({"alpha": 0.5}, "alpha=0.5 is not between"),
+        ({"alpha": 0.5}, "alpha=0.5 is no number above 0.5 to below 1"),
     ],
 )
 def test_what_is_not_known_is_refused(settings, words):

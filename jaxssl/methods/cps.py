@@ -16,6 +16,7 @@ from jaxssl.contracts import (
     Aux,
     Batch,
     Network,
+    NonNegative,
     Params,
     Phase,
     Plan,
@@ -40,9 +41,9 @@ class Method(contracts.Method):
 
     tasks = ("segmentation",)
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     cutmix: bool = True
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: NonNegative = 0.4
 
     @property
     def students(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxssl import losses, mixing
-from jaxssl.contracts import Aux, Batch, Network, Params, Phase, Variables
+from jaxssl.contracts import Aux, Batch, Network, NonNegative, Params, Phase, Share, Variables
 from jaxssl.methods import supervised
 from jaxssl.state import TrainState
 
@@ -34,8 +34,8 @@ class Method(supervised.TeacherStudent):
 
     tasks = ("segmentation",)
 
-    weight: float = 1.0
-    threshold: float = 0.97
+    weight: NonNegative = 1.0
+    threshold: Share = 0.97
 
     def loss(
         self,

@@ -10,9 +10,8 @@ released code differs from the paper, a field says so.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +21,16 @@ from jaxssl.contracts import (
     IGNORE_LABEL,
     Aux,
     Batch,
+    Bounds,
     Labeling,
     Network,
+    NonNegative,
     Params,
     Phase,
     Plan,
+    Positive,
     Rule,
+    Share,
     Stats,
     Stream,
     UserError,
@@ -71,16 +74,16 @@ class Method(contracts.Method):
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
-    ratios: tuple[float, ...] = (0.2, 0.5)
-    beta_min: tuple[float, ...] = (0.0, 0.2)
-    beta_max: tuple[float, ...] = (0.0, 0.5)
+    ratios: tuple[Share, ...] = (0.2, 0.5)
+    beta_min: tuple[Annotated[float, Bounds(0, 1, without=(1,))], ...] = (0.0, 0.2)
+    beta_max: tuple[NonNegative, ...] = (0.0, 0.5)
     rule: Kind = "dars"
     precision: Precision = "float16"
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     schedule: Schedule = "restart"
     label_mode: LabelMode = "slide"
-    label_scale: float = 1.0
-    auxiliary_weight: float = 0.4
+    label_scale: Positive = 1.0
+    auxiliary_weight: NonNegative = 0.4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,14 +92,6 @@ class Method(contracts.Method):
                 f"method.ratios={self.ratios}, method.beta_min={self.beta_min} and "
                 f"method.beta_max={self.beta_max} differ in length. Give a number for each round."
             )
-        if not all(0 <= beta < 1 for beta in self.beta_min) or min(self.beta_max, default=0) < 0:
-            raise UserError(
-                f"method.beta_min={self.beta_min} or method.beta_max={self.beta_max} narrows the "
-                "scale or turns it around. Give numbers from 0 to below 1, and from 0 on."
-            )
-        for field in ("temperature", "label_scale"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise UserError(f"method.{field}={getattr(self, field)} is no number above 0.")
 
     @property
     def students(self) -> tuple[str, ...]:

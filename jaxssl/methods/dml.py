@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxssl import contracts, losses
-from jaxssl.contracts import Aux, Batch, Network, Params, Phase, Plan, Variables
+from jaxssl.contracts import Aux, Batch, Network, NonNegative, Params, Phase, Plan, Variables
 from jaxssl.methods import supervised
 from jaxssl.state import TrainState
 
@@ -31,8 +31,8 @@ class Method(contracts.Method):
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
-    weight: float = 1.0
-    auxiliary_weight: float = 0.4
+    weight: NonNegative = 1.0
+    auxiliary_weight: NonNegative = 0.4
 
     @property
     def students(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,18 @@ from jaxssl.contracts import (
     IGNORE_LABEL,
     Aux,
     Batch,
+    Bounds,
     Labeling,
     Metrics,
     Network,
+    NonNegative,
     Outputs,
     Params,
     Phase,
     Plan,
+    Positive,
+    Share,
     Stream,
-    UserError,
     Variables,
     Weights,
 )
@@ -80,31 +83,20 @@ class Method(contracts.Method):
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
-    gamma_1: float = 5.0
-    gamma_2: float = 5.0
-    ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    gamma_1: NonNegative = 5.0
+    gamma_2: NonNegative = 5.0
+    ratios: tuple[Share, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
     labels: Labels = "mutual"
     weight: Weight = "dynamic"
-    threshold: float = 0.9
+    threshold: Annotated[float, Bounds(0, 1, without=(1,))] = 0.9
     start: Start = "weights"
-    alpha: float = 0.8
-    oracle_epochs: float = 30.0
-    supervised_rate: float | None = None
+    alpha: Annotated[float, Bounds(0.5, 1, without=(0.5, 1))] = 0.8
+    oracle_epochs: Positive = 30.0
+    supervised_rate: Positive | None = None
     label_at: LabelAt = "crop"
-    label_scale: float = 1.0
+    label_scale: Positive = 1.0
     label_flip: bool = False
-    auxiliary_weight: float = 0.4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.5 < self.alpha < 1:
-            raise UserError(f"method.alpha={self.alpha} is not between 0.5 and 1.")
-        if not 0 <= self.threshold < 1:
-            raise UserError(f"method.threshold={self.threshold} is not from 0 to below 1.")
-        if min(self.gamma_1, self.gamma_2) < 0:
-            raise UserError("method.gamma_1 and method.gamma_2 may not be below 0.")
-        if not 0 < self.label_scale < math.inf:
-            raise UserError(f"method.label_scale={self.label_scale} is no number above 0.")
+    auxiliary_weight: NonNegative = 0.4
 
     @property
     def students(self) -> tuple[str, ...]:

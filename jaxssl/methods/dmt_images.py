@@ -21,9 +21,12 @@ from jaxssl.contracts import (
     Batch,
     Labeling,
     Network,
+    NonNegative,
     Params,
     Phase,
     Plan,
+    Positive,
+    Share,
     UserError,
     Variables,
     Weights,
@@ -64,20 +67,15 @@ class Method(supervised.TeacherStudent):
 
     tasks = ("classification",)
 
-    gamma_1: float = 4.0
-    gamma_2: float = 4.0
-    ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    gamma_1: NonNegative = 4.0
+    gamma_2: NonNegative = 4.0
+    ratios: tuple[Share, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
     weight: dmt.Weight = "dynamic"
-    mixup: float = 0.75
+    mixup: NonNegative = 0.75
     labeled_by: Literal["best", "last"] = "best"
-    oracle_epochs: float = 300.0
-    supervised_rate: float | None = None
-    ema_decay_max: float = 0.999
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.gamma_1, self.gamma_2, self.mixup) < 0:
-            raise UserError("method.gamma_1, method.gamma_2 and method.mixup may not be below 0.")
+    oracle_epochs: Positive = 300.0
+    supervised_rate: Positive | None = None
+    ema_decay_max: Share = 0.999
 
     @property
     def labeler(self) -> None:

@@ -11,7 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxssl import losses, mixing, views
-from jaxssl.contracts import IGNORE_LABEL, Aux, Batch, Network, Params, Phase, Variables
+from jaxssl.contracts import (
+    IGNORE_LABEL,
+    Aux,
+    Batch,
+    Network,
+    NonNegative,
+    Params,
+    Phase,
+    Share,
+    Variables,
+)
 from jaxssl.methods import supervised
 from jaxssl.state import TrainState
 
@@ -32,9 +42,9 @@ class Method(supervised.TeacherStudent):
       threshold: tau, on the probability of the most probable class.
     """
 
-    weight: float = 1.0
-    threshold: float = 0.95
-    ema_decay_max: float = 0.999
+    weight: NonNegative = 1.0
+    threshold: Share = 0.95
+    ema_decay_max: Share = 0.999
 
     @property
     def labeler(self) -> str:

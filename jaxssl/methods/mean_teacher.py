@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxssl import losses, views
-from jaxssl.contracts import Aux, Batch, Network, Params, Phase, Variables
+from jaxssl.contracts import Aux, Batch, Network, NonNegative, Params, Phase, Share, Variables
 from jaxssl.methods import supervised
 from jaxssl.state import TrainState
 
@@ -32,9 +32,9 @@ class Method(supervised.TeacherStudent):
         updates).
     """
 
-    weight: float = 10.0
-    rampup: float = 0.27
-    ema_decay_max: float = 0.999
+    weight: NonNegative = 10.0
+    rampup: Share = 0.27
+    ema_decay_max: Share = 0.999
 
     def loss(
         self,

@@ -19,11 +19,14 @@ from jaxssl.contracts import (
     IGNORE_LABEL,
     Aux,
     Batch,
+    Count,
     Network,
+    NonNegative,
     Outputs,
     Params,
     Phase,
     Plan,
+    Share,
     Stats,
     UserError,
     Variables,
@@ -67,22 +70,22 @@ class Method(contracts.Method):
 
     tasks = ("segmentation",)
 
-    alpha: float = 1.5
-    beta: float = 1.0
+    alpha: NonNegative = 1.5
+    beta: NonNegative = 1.0
     teacher: Literal["mutual", "own", "none"] = "mutual"
     strong: bool = True
     feature_augmentation: bool = True
-    threshold: float | None = None
+    threshold: Share | None = None
     consistency_on: Literal["unlabeled", "all"] = "unlabeled"
     augment: Literal["students", "all"] = "students"
     covariance: Literal["diagonal", "full"] = "diagonal"
     classifier_gradient: bool = False
-    strength: float = 1.5
+    strength: NonNegative = 1.5
     ramp: Literal["cosine", "linear"] = "cosine"
-    ema_decay_max: float = 0.4
-    consistency_stride: int = 4
+    ema_decay_max: Share = 0.4
+    consistency_stride: Count = 4
     weak_photometric: bool = False
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: NonNegative = 0.4
 
     @property
     def students(self) -> tuple[str, ...]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,15 @@ from jaxssl.contracts import (
     IGNORE_LABEL,
     Aux,
     Batch,
+    Bounds,
     Network,
+    NonNegative,
     Outputs,
     Params,
     Phase,
     Plan,
+    Positive,
+    Share,
     Stats,
     UserError,
     Variables,
@@ -75,24 +78,15 @@ class Method(contracts.Method):
     supervision: Literal["both", "peer", "direct"] = "both"
     rectification: bool = True
     p0: Literal["stage", "online"] = "stage"
-    stages: int = 2
-    momentum: float = 0.9999
+    stages: Annotated[int, Bounds(0)] = 2
+    momentum: Share = 0.9999
     model_noise: bool = True
     input_noise: bool = True
-    weight: float = 1.0
-    ema_decay_max: float = 0.999
-    prototype_scale: float = 1.0
-    auxiliary_weight: float = 0.4
+    weight: NonNegative = 1.0
+    ema_decay_max: Share = 0.999
+    prototype_scale: Positive = 1.0
+    auxiliary_weight: NonNegative = 0.4
     teacher_stats: Literal["copy", "ema", "own"] = dataclasses.field(default="copy", kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stages < 0:
-            raise UserError(f"method.stages={self.stages} is below 0.")
-        if not 0 <= self.momentum <= 1:
-            raise UserError(f"method.momentum={self.momentum} is not from 0 to 1.")
-        if not 0 < self.prototype_scale < math.inf:
-            raise UserError(f"method.prototype_scale={self.prototype_scale} is no number above 0.")
 
     @property
     def students(self) -> tuple[str, ...]:

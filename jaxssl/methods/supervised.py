@@ -15,10 +15,12 @@ from jaxssl.contracts import (
     Aux,
     Batch,
     Network,
+    NonNegative,
     Outputs,
     Params,
     Phase,
     Plan,
+    Share,
     Stats,
     Stream,
     UserError,
@@ -46,9 +48,9 @@ class Method(contracts.Method):
     """
 
     strong: bool = False
-    mixup: float = 0.0
-    ema_decay_max: float = 0.0
-    auxiliary_weight: float = 0.4
+    mixup: NonNegative = 0.0
+    ema_decay_max: Share = 0.0
+    auxiliary_weight: NonNegative = 0.4
 
     @property
     def students(self) -> tuple[str, ...]:
@@ -110,8 +112,8 @@ class TeacherStudent(contracts.Method):
       auxiliary_weight: weight of an auxiliary head, where the network has one.
     """
 
-    ema_decay_max: float = 0.99
-    auxiliary_weight: float = 0.4
+    ema_decay_max: Share = 0.99
+    auxiliary_weight: NonNegative = 0.4
 
     @property
     def students(self) -> tuple[str, ...]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,16 @@ from jaxssl.contracts import (
     IGNORE_LABEL,
     Aux,
     Batch,
+    Bounds,
+    Count,
     Metrics,
     Network,
+    NonNegative,
     Outputs,
     Params,
     Phase,
+    Positive,
+    Share,
     Stats,
     UserError,
     Variables,
@@ -82,16 +86,16 @@ class Method(supervised.TeacherStudent):
 
     tasks = ("segmentation",)
 
-    lambda_c: float = 0.1
-    eta: float = 1.0
-    alpha_0: float = 20.0
+    lambda_c: NonNegative = 0.1
+    eta: NonNegative = 1.0
+    alpha_0: Annotated[float, Bounds(0, 100)] = 20.0
     dynamic: bool = True
-    cutmix: float = 0.5
+    cutmix: Share = 0.5
     teacher_forwards: Literal["two", "one"] = "two"
-    anchor_threshold: float = 0.3
-    num_anchors: int = 50
-    num_negatives: int = 256
-    temperature: float = 0.5
+    anchor_threshold: Share = 0.3
+    num_anchors: Count = 50
+    num_negatives: Count = 256
+    temperature: Positive = 0.5
     positive: Literal["paper", "released"] = "paper"
     negatives: Literal["intended", "released"] = "intended"
     negative_pixels: Literal["unreliable", "reliable", "all"] = "unreliable"
@@ -100,33 +104,21 @@ class Method(supervised.TeacherStudent):
     rank_high: int = 20
     contrast_mean: Literal["all", "present"] = "all"
     memory_bank: bool = True
-    capacity: int = 30_000
-    capacity_0: int = 50_000
-    keys: int = 512
+    capacity: Count = 30_000
+    capacity_0: Count = 50_000
+    keys: Count = 512
     bank_dtype: Literal["float32", "bfloat16"] = "float32"
     ohem: bool = False
-    ohem_threshold: float = 0.7
-    ohem_min_kept: int = 50_000
+    ohem_threshold: Positive = 0.7
+    ohem_min_kept: Annotated[int, Bounds(0)] = 50_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, most in (("alpha_0", 100), ("cutmix", 1), ("anchor_threshold", 1)):
-            if not 0 <= getattr(self, field) <= most:
-                raise UserError(f"method.{field}={getattr(self, field)} is not from 0 to {most}.")
-        for field in ("temperature", "ohem_threshold"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise UserError(f"method.{field}={getattr(self, field)} is no number above 0.")
-        for field in ("lambda_c", "eta", "ohem_min_kept"):
-            if getattr(self, field) < 0:
-                raise UserError(f"method.{field}={getattr(self, field)} is below 0.")
         if not 1 <= self.rank_low < self.rank_high:
             raise UserError(
                 f"method.rank_low={self.rank_low} and method.rank_high={self.rank_high} leave no "
                 "ranks. Give 1 or more, and a larger number."
             )
-        for field in ("num_anchors", "num_negatives", "keys"):
-            if getattr(self, field) < 1:
-                raise UserError(f"method.{field}={getattr(self, field)} is too small. Give 1.")
         if self.keys >= min(self.capacity, self.capacity_0):
             raise UserError(
                 f"method.keys={self.keys} of a step would fill the bank of method.capacity="
