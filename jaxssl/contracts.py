@@ -598,13 +598,25 @@ class Method(abc.ABC):
 
         return jax.tree.map(reduced, dict(after))
 
-    def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
+    def pseudo_labels(
+        self,
+        logits: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        progress: jax.Array | float = 1.0,
+    ) -> jax.Array:
         """What the method would teach from these logits: uint8 `[...]`, 255 where it teaches
         nothing.
 
         Shown in panels and measured where the truth is known.
+
+        Args:
+          logits: `[...,C]`.
+          valid: bool `[...]`, where they are of an image, for a method that compares pixels; None:
+            everywhere. Elsewhere the result means nothing.
+          progress: of the phase, in [0,1].
         """
-        del progress
+        del valid, progress
         return logits.argmax(-1).astype("uint8")
 
 

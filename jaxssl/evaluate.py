@@ -184,7 +184,7 @@ class Evaluator:
         name: str,
         variables: Variables,
         source: Source,
-        read: Callable[[jax.Array], Mapping[str, jax.Array]],
+        read: Callable[[jax.Array, jax.Array], Mapping[str, jax.Array]],
     ) -> list[dict[str, np.ndarray]]:
         """What the logits of every image of a small source say, in order and at its size.
 
@@ -192,13 +192,14 @@ class Evaluator:
           name: of a student or a teacher.
           variables: its arrays.
           source: of images.
-          read: jitted, logits `[b,h,w,C]` -> name -> `[b,h,w,...]`, which alone leaves the devices.
+          read: jitted, from logits `[b,h,w,C]` and `valid` `[b,h,w]`, False in padding, to name ->
+            `[b,h,w,...]`, which alone leaves the devices.
         """
         found: dict[int, dict[str, np.ndarray]] = {}
         variables = self.local(variables)
 
         def update(batch: Mapping[str, jax.Array]) -> object:
-            return read(self.predict(name, self.how, variables, batch))
+            return read(self.predict(name, self.how, variables, batch), batch["valid"])
 
         def collect(batch: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray]) -> None:
             for row, (index, valid) in enumerate(zip(batch["index"], batch["valid"], strict=True)):

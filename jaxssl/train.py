@@ -296,15 +296,16 @@ def evaluate(
     if everything:
         teachers = [TEACHER + name for name in run.method.teachers]
         names += [name for name in (*run.method.students, *teachers) if name != headline]
+    progress = (step - run.begin(index)) / phase.steps
     with run.stopwatch("evaluation"):
         scores = {name: run.evaluator(name, state.network(name)) for name in names}
-        watched = run.watcher(state, (step - run.begin(index)) / phase.steps)
+        watched = run.watcher(state, progress)
         _log_scores(run, phase, step, scores, watched)
         _show_scores(run, f"{phase.name}: ", step, scores, watched, everything=everything)
         if run.evaluator.whole_labels and jax.process_index() == 0:
             write_evaluations(run, step, scores)
         if run.config.eval.panels and jax.process_count() == 1:
-            write_panels(run, headline, state, step)
+            write_panels(run, headline, state, step, progress)
         choice = scores[headline].score
         if run.chooser is not None:
             choice = run.chooser(headline, state.network(headline)).choice
@@ -342,12 +343,14 @@ def _note_best(
     return best["step"] == step
 
 
-def write_panels(run: Run, headline: str, state: TrainState, step: int) -> None:
-    """Pictures of a few validation images: truth, prediction, and what the labeler teaches."""
+def write_panels(run: Run, headline: str, state: TrainState, step: int, progress: float) -> None:
+    """Pictures of a few validation images: truth, prediction, and what the labeler teaches at this
+    progress of the phase.
+    """
     source, student = run.sources["val"], headline.removeprefix(TEACHER)
     shown = loading.Subset(source, source.ids[:: -(-len(source) // run.config.eval.panels)])
     records = [shown[i] for i in range(len(shown))]
-    read = functools.partial(_labels, run.method)
+    read = functools.partial(_labels, run.method, np.float32(progress))
 
     def look(network: str) -> list[dict[str, np.ndarray]]:
         return run.evaluator.maps(network, state.network(network), shown, read)
@@ -383,11 +386,13 @@ def _tiles(images: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[n
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _labels(method: Method, logits: jax.Array) -> dict[str, jax.Array]:
+def _labels(
+    method: Method, progress: jax.Array, logits: jax.Array, valid: jax.Array
+) -> dict[str, jax.Array]:
     """What logits predict, and what the method would teach from them, uint8 `[b,h,w]` or `[b]`."""
     return {
         "predicted": logits.argmax(-1).astype(jnp.uint8),
-        "taught": method.pseudo_labels(logits),
+        "taught": method.pseudo_labels(logits, valid=valid, progress=progress),
     }
 
 

@@ -271,7 +271,7 @@ class Watcher:
         """Sums over one batch: "counts" `[C+1,C+1]`, and a scalar for each pair of networks."""
         assert self._method.labeler is not None
         teaching = logits[self._method.labeler]
-        taught = self._method.pseudo_labels(teaching, progress=progress)
+        taught = self._method.pseudo_labels(teaching, valid=valid, progress=progress)
         sums = {"counts": pseudo_label_counts(label, taught, valid, teaching.shape[-1])}
         for name, (one, other) in self._pairs.items():
             distance = metrics.total_variation(logits[one], logits[other])

@@ -166,7 +166,7 @@ def test_half_res_scores_at_half_the_size():
 def test_maps_come_in_order_and_at_the_size_of_the_image(mode):
     source = Painting()
     evaluator = make(source, mode=mode, window=(8, 8))
-    read = jax.jit(lambda logits: {"classes": logits.argmax(-1).astype(jnp.uint8)})
+    read = jax.jit(lambda logits, valid: {"classes": logits.argmax(-1).astype(jnp.uint8)})
     found = [maps["classes"] for maps in evaluator.maps("a", PAINTED, source, read)]
     assert [(classes.shape, classes.dtype) for classes in found] == [(s, np.uint8) for s in SIZES]
     if mode != "half_res":
@@ -455,7 +455,7 @@ def test_whole_images_are_scored_by_accuracy(changes):
 
 def test_whole_images_are_seen_one_by_one():
     evaluator, source = classified()
-    seen = evaluator.maps("a", PAINTED, source, lambda logits: {"best": logits.argmax(-1)})
+    seen = evaluator.maps("a", PAINTED, source, lambda logits, _: {"best": logits.argmax(-1)})
     expected = [source[i]["image"][0, 0, 0] for i in range(len(source))]
     assert [int(one["best"]) for one in seen] == expected
 

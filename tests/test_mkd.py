@@ -411,7 +411,7 @@ def test_what_stands_in_padding_changes_nothing(settings, nets):
 
 @pytest.mark.usefixtures("fixed_views")
 def test_threshold_that_nothing_reaches(nets):
-    method, batch = mkd.Method(threshold=1.1), random_batch()
+    method, batch = mkd.Method(threshold=1.0), random_batch()
     state = distinct_state(method, nets)
     grads, aux = jax.grad(loss_of(method, nets, batch), has_aux=True)(state.params, state)
     assert float(aux.metrics["loss_teachers"][0]) == 0

@@ -118,6 +118,19 @@ def test_pseudo_labels_are_equation_6(progress):
     assert (np.asarray(found) == 255).any()  # at the end still the least sure one
 
 
+def test_padding_is_not_compared():
+    logits = np.random.default_rng(0).normal(0, 2, (2, 7, 9, C)).astype(np.float32)
+    valid = np.ones((2, 7, 9), bool)
+    valid[1, :, 4:] = False
+    logits[~valid] = 0  # less sure than all others
+    entropies = scipy.stats.entropy(softmax(logits), axis=-1)
+    gamma = np.percentile(entropies[valid], 90)
+    found = u2pl.Method().pseudo_labels(jnp.asarray(logits), valid=jnp.asarray(valid), progress=0.5)
+    expected = np.where(entropies < gamma, logits.argmax(-1), 255)
+    np.testing.assert_array_equal(np.asarray(found)[valid], expected[valid])
+    assert 0 < (expected[valid] == 255).sum() < (~valid).sum()
+
+
 def test_pixels_as_sure_as_each_other_teach_nothing():
     labels = u2pl.Method().pseudo_labels(jnp.ones((1, 2, 3, C)), progress=0.5)
     assert (labels == 255).all()

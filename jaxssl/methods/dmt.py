@@ -134,9 +134,16 @@ class Method(contracts.Method):
             phases += newest.values()
         return tuple(phases)
 
-    def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
+    def pseudo_labels(
+        self,
+        logits: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        progress: jax.Array | float = 1.0,
+    ) -> jax.Array:
         """The most probable class; online 255 where it does not surpass the threshold (eq. 2)."""
-        labels = super().pseudo_labels(logits, progress=progress)
+        del valid, progress
+        labels = super().pseudo_labels(logits)
         if self.labels != "online":
             return labels
         confident = jax.nn.softmax(logits).max(-1) > self.threshold

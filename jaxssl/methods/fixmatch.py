@@ -51,9 +51,16 @@ class Method(supervised.TeacherStudent):
         """The network itself; its average is evaluated and teaches nothing."""
         return "a"
 
-    def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
+    def pseudo_labels(
+        self,
+        logits: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        progress: jax.Array | float = 1.0,
+    ) -> jax.Array:
         """The most probable class, 255 where its probability is below the threshold."""
-        labels = super().pseudo_labels(logits, progress=progress)
+        del valid, progress
+        labels = super().pseudo_labels(logits)
         confident = jax.nn.softmax(logits).max(-1) >= self.threshold
         return jnp.where(confident, labels, IGNORE_LABEL).astype(jnp.uint8)
 

@@ -145,9 +145,16 @@ class Method(contracts.Method):
             else jnp.minimum(1 - 1 / (k + 2), self.ema_decay_max)
         )
 
-    def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
+    def pseudo_labels(
+        self,
+        logits: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        progress: jax.Array | float = 1.0,
+    ) -> jax.Array:
         """The most probable class, 255 where its probability is below the threshold."""
-        labels = super().pseudo_labels(logits, progress=progress)
+        del valid, progress
+        labels = super().pseudo_labels(logits)
         if self.threshold is None:
             return labels
         confident = jax.nn.softmax(logits).max(-1) >= self.threshold
@@ -316,7 +323,7 @@ class Method(contracts.Method):
         for name, augmented in logits.items():
             kept = valid
             if name.startswith(TEACHER):
-                kept &= self.pseudo_labels(plain[name], progress=progress) != IGNORE_LABEL
+                kept &= self.pseudo_labels(plain[name]) != IGNORE_LABEL
             targets[name] = jnp.where(kept, augmented.argmax(-1), IGNORE_LABEL)
         return targets
 

@@ -166,10 +166,17 @@ class Method(supervised.TeacherStudent):
         """Percent of the pixels that are unreliable: eq. 7, or alpha_0."""
         return self.alpha_0 * (1 - progress) if self.dynamic else self.alpha_0
 
-    def pseudo_labels(self, logits: jax.Array, *, progress: jax.Array | float = 1.0) -> jax.Array:
+    def pseudo_labels(
+        self,
+        logits: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        progress: jax.Array | float = 1.0,
+    ) -> jax.Array:
         """The most probable class, 255 where these logits are less sure than most (eq. 6)."""
-        labels, entropies = super().pseudo_labels(logits, progress=progress), entropy(logits)
-        return reliable(labels, entropies, percentile(entropies, 100 - self.alpha(progress)))
+        labels, entropies = super().pseudo_labels(logits), entropy(logits)
+        gamma = percentile(entropies, 100 - self.alpha(progress), valid=valid)
+        return reliable(labels, entropies, gamma)
 
     def loss(
         self,
