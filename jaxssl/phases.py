@@ -450,6 +450,12 @@ def _report(run: Run, state: TrainState) -> None:
     title = metrics.MEASURES[run.sources["val"].info.task].title
     lines = [f"Done: step {step}, {minutes}:{seconds:02d} min. {_score(first, title)}."]
     lines += [f"Also:     {_score(one, title)}." for one in others]
+    if better := trained.earlier(run.best):
+        phase, one = better
+        lines.append(
+            f"Earlier:  {title} {100 * one['score']:.2f} in phase {phase}, with {one['network']}: "
+            f"--step={one['step']} of evaluate, predict and label takes it"
+        )
     lines += [f"Metrics:  {run.workdir / 'metrics.jsonl'}, and tensorboard --logdir {run.workdir}"]
     if "training" in (shares := run.stopwatch.percent()):
         lines.append(f"Time:     {', '.join(f'{name} {n} %' for name, n in shares.items())}")

@@ -418,6 +418,8 @@ def save(run: Run, index: int, state: TrainState, step: int) -> None:
         run.step_of(weights) for weights in wanted if weights.phase in done & run.best.keys()
     }
     run.checkpoints.keep |= {one["step"] for one in trained.results(run.best).values()}
+    if run.best and (better := trained.earlier(run.best)):
+        run.checkpoints.keep.add(better[1]["step"])
     meta = {
         "phase": phase.name,
         "phases": [[p.name, p.steps] for p in run.phases],

@@ -173,6 +173,19 @@ def results(best: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any
     return {record["network"]: record for record in best.values()}
 
 
+def earlier(best: Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]] | None:
+    """The best phase and its evaluation, where no result comes up to it: the run got worse since.
+
+    Args:
+      best: by phase, in order, as `Run.best`.
+    """
+    newest = [*best.values()][-1].get("mode")  # scores of other modes do not compare
+    found = {phase: one for phase, one in best.items() if one.get("mode") == newest}
+    phase, record = max(found.items(), key=lambda item: item[1]["choice"])
+    reached = max(one["choice"] for one in results(found).values())
+    return (phase, record) if record["choice"] > reached else None
+
+
 def _best(best: Mapping[str, Mapping[str, Any]], phase: str) -> Mapping[str, Any] | None:
     """The best of all results; scores of other modes than the newest phase's do not compare."""
     if phase not in best:

@@ -359,6 +359,26 @@ def test_what_a_run_says_of_its_labels(config, whole):
     assert opened.variables().params["head"]["bias"].shape == (19,)
 
 
+def test_a_run_that_got_worse_keeps_its_best_phase_and_says_so(
+    config, tmp_path, monkeypatch, capsys
+):
+    note = phases.train._note_best
+    monkeypatch.setattr(
+        phases.train,
+        "_note_best",
+        lambda run, phase, network, step, score, _: note(
+            run, phase, network, step, score, 1 / (step + 1)
+        ),
+    )
+    assert phases.run(config, tmp_path) == 0
+    opened = phases.trained.open_trained(tmp_path)
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("Earlier: ")]
+    first = int(line.split("--step=")[1].split()[0])
+    assert "in phase supervised_" in line
+    assert first < opened.step("best")
+    assert opened.variables(step=first).params["head"]["bias"].shape == (19,)
+
+
 def test_labels_of_another_config_are_not_taken_over(config, whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints")

@@ -10,7 +10,7 @@ from conftest import Linear, make_state
 from ml_collections import ConfigDict
 
 from jaxssl import config as configs
-from jaxssl import models, phases
+from jaxssl import models, phases, trained
 from jaxssl.checkpoint import Checkpoints
 from jaxssl.contracts import DataInfo, UserError
 from jaxssl.data.splits import Split
@@ -45,6 +45,18 @@ def make_workdir(path, *, classes=CLASSES, best="a"):
             checkpoints.keep = {4} if step > 4 else set()
             checkpoints.save(step, jax.tree.map(lambda x, k=step: x + k, state), meta)
     return state
+
+
+def test_a_phase_that_no_later_one_comes_up_to():
+    def one(choice, step, network="a", mode="whole"):
+        return {"choice": choice, "step": step, "network": network, "mode": mode}
+
+    falling = {"first": one(0.5, 3), "round_1": one(0.6, 5), "round_2": one(0.4, 9)}
+    assert trained.earlier(falling) == ("round_1", falling["round_1"])
+    assert trained.earlier({**falling, "round_3": one(0.6, 11)}) is None
+    assert trained.earlier({**falling, "round_2_b": one(0.7, 9, "b")}) is None
+    windows = {**falling, "round_1": one(0.6, 5, mode="slide")}
+    assert trained.earlier(windows) == ("first", falling["first"])
 
 
 @pytest.fixture(scope="module")
