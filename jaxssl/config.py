@@ -475,6 +475,7 @@ def dmt_images(**changes: Any) -> Config:
             "gamma_1": 4.0,
             "gamma_2": 4.0,
             "ratios": (0.2, 0.4, 0.6, 0.8, 1.0),
+            "rule": "top",
             "weight": "dynamic",
             "mixup": 0.75,
             "labeled_by": "best",

@@ -23,7 +23,7 @@ from conftest import (
 from PIL import Image
 
 from jaxssl import config as configs
-from jaxssl import methods, mixing, models, optim, phases, sharding
+from jaxssl import methods, mixing, models, optim, phases, selection, sharding
 from jaxssl.contracts import Labeling, Plan, UserError, Variables, Weights
 from jaxssl.data import digits
 from jaxssl.data.pseudo_labels import Store
@@ -182,6 +182,24 @@ def test_a_network_begins_anew_from_labels_of_the_round_before(labeled_by):
             WHOLE,
             seed=number,
         )
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("top", [0.2, 0.0]), ("balanced", [0.1, 0.1]), ("aligned", [0.05, 0.15])],
+)
+def test_rules_choose_by_class_or_not(rule, expected):
+    """Of 100 images of a class that the network is sure of and 100 of another; the latter are three
+    quarters of the labels.
+    """
+    counts = np.zeros((2, selection.LEVELS), np.int64)
+    counts[0, 20_000:20_100], counts[1, 10_000:10_100] = 1, 1
+    found = dmt_images.Method(rule=rule).phases(plan())[1].labeling.rule
+    kept = [
+        (row[chosen:].sum() / 200).item()
+        for row, chosen in zip(counts, found(counts, np.array([1, 3])).lowest, strict=True)
+    ]
+    assert kept == pytest.approx(expected)
 
 
 def test_curriculum_labeling_needs_no_confidence():

@@ -16,6 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxssl import contracts
 from jaxssl.contracts import (
     Aux,
     Batch,
@@ -34,8 +35,10 @@ from jaxssl.contracts import (
 from jaxssl.inference import WHOLE
 from jaxssl.methods import dmt, supervised
 from jaxssl.methods.mean_teacher import sigmoid_ramp
-from jaxssl.selection import TopShare
+from jaxssl.selection import Aligned, TopShare
 from jaxssl.state import TrainState
+
+Rule = Literal["top", "balanced", "aligned"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,10 @@ class Method(supervised.TeacherStudent):
       gamma_2: where they do not.
       ratios: share of the unlabeled images that a round labels, the surest; it learns from these
         alone, and its updates are as many passes over them as the plan has over all.
+      rule: which images these are: the surest of all ("top", the paper), or of each predicted class
+        ("balanced"), or as many of each as there are among the labels ("aligned", as DARS does).
+        The first pseudo-labels of an unsure network are of its easiest classes: at "top" a network
+        that has few updates learns little else.
       weight: as of `dmt.Method`; "none" is Curriculum Labeling, without the second pass.
       mixup: alpha of mixup, 0 for none.
       labeled_by: the "best" weights of the round before or its "last" (released).
@@ -70,6 +77,7 @@ class Method(supervised.TeacherStudent):
     gamma_1: NonNegative = 4.0
     gamma_2: NonNegative = 4.0
     ratios: tuple[Share, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    rule: Rule = "top"
     weight: dmt.Weight = "dynamic"
     mixup: NonNegative = 0.75
     labeled_by: Literal["best", "last"] = "best"
@@ -95,6 +103,16 @@ class Method(supervised.TeacherStudent):
         for number, ratio in enumerate(self.ratios, 1):
             phases.append(self._round(plan, number, ratio, phases[-1]))
         return tuple(phases)
+
+    def labeling_rule(self, ratio: float) -> contracts.Rule:
+        """What chooses this share of the pseudo-labels."""
+        match self.rule:
+            case "top":
+                return TopShare(ratio, per_class=False)
+            case "balanced":
+                return TopShare(ratio)
+            case "aligned":
+                return Aligned(ratio, precision="stored")
 
     def loss(
         self,
@@ -144,7 +162,7 @@ class Method(supervised.TeacherStudent):
             )
         labeling = Labeling(
             Weights(before.name, self.headline, self.labeled_by),
-            TopShare(ratio, per_class=False),
+            self.labeling_rule(ratio),
             WHOLE,
             seed=plan.seed + number,
             confidence=self.weight != "none",
