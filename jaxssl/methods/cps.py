@@ -80,11 +80,9 @@ class Method(contracts.Method):
                 self, nets, params, state, batch["labeled"], labeled_key, auxiliary_weight=weight
             )
         run = supervised.forward(nets, params, state.stats, batch["labeled"], labeled_key)
-        sup = jnp.zeros(())
-        for name, outputs in run.outputs.items():
-            sup += supervised.loss_at_full_size(
-                nets[name], outputs, batch["labeled"]["label"], auxiliary_weight=weight
-            )
+        sup = supervised.total_loss(
+            nets, run.outputs, batch["labeled"]["label"], auxiliary_weight=weight
+        )
         image, valid = batch["unlabeled"]["image"], batch["unlabeled"]["valid"]
         # Published CPS fills the boxes from the other image; the complement of MKD's mask.
         mask = ~mixing.box_mask(mask_key, image.shape[0], image.shape[1:3])

@@ -93,7 +93,7 @@ class Method(contracts.Method):
         imitation = losses.kl_divergence(logits["a"], logits["b"], valid=valid)
         imitation += losses.kl_divergence(logits["b"], logits["a"], valid=valid)
         loss = supervised.total_loss(
-            nets, first, labeled["label"], auxiliary_weight=self.auxiliary_weight
+            nets, first.outputs, labeled["label"], auxiliary_weight=self.auxiliary_weight
         )
         one = jnp.ones(())
         metrics = {"loss_supervised": (loss, one), "loss_students": (imitation, one)}

@@ -203,14 +203,10 @@ class Method(contracts.Method):
 
         other = {"a": "b", "b": "a"}
         teachers = {"mutual": other, "own": {"a": "a", "b": "b"}, "none": {}}[self.teacher]
-        loss_s = loss_st = loss_ss = jnp.zeros(())
-        for name, outputs in labeled.items():
-            loss_s += supervised.loss_at_full_size(
-                nets[name],
-                outputs,
-                batch["labeled"]["label"],
-                auxiliary_weight=self.auxiliary_weight,
-            )
+        loss_s = supervised.total_loss(
+            nets, labeled, batch["labeled"]["label"], auxiliary_weight=self.auxiliary_weight
+        )
+        loss_st = loss_ss = jnp.zeros(())
         for name, teacher in teachers.items():
             loss_st += losses.cross_entropy(logits[name], targets[TEACHER + teacher])
         for name, peer in other.items():

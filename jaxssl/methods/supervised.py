@@ -256,7 +256,7 @@ def loss_at_full_size(
 
 def total_loss(
     nets: Mapping[str, Network],
-    run: Forward,
+    outputs: Mapping[str, Outputs],
     labels: jax.Array,
     *,
     auxiliary_weight: float,
@@ -264,9 +264,9 @@ def total_loss(
 ) -> jax.Array:
     """The sum of `loss_at_full_size` over all students."""
     total = jnp.zeros(())
-    for name, outputs in run.outputs.items():
+    for name, output in outputs.items():
         total += loss_at_full_size(
-            nets[name], outputs, labels, auxiliary_weight=auxiliary_weight, criterion=criterion
+            nets[name], output, labels, auxiliary_weight=auxiliary_weight, criterion=criterion
         )
     return total
 
@@ -305,7 +305,11 @@ def warmup_loss(
     """The sum of all students' supervised losses; teachers' statistics follow the students'."""
     run = forward(nets, params, state.stats, labeled, key)
     total = total_loss(
-        nets, run, labeled["label"], auxiliary_weight=auxiliary_weight, criterion=criterion
+        nets,
+        run.outputs,
+        labeled["label"],
+        auxiliary_weight=auxiliary_weight,
+        criterion=criterion,
     )
     teacher_stats = {name: run.stats[name] for name in method.teachers}
     metrics = {"loss_supervised": (total, jnp.ones(()))}
