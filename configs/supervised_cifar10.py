@@ -31,7 +31,9 @@ def get_config(arg: str | None = None) -> configs.Config:
     config.method = configs.supervised(mixup=0.75, ema_decay_max=0.999)
     if variant["data"] == "digits" or variant["network"] == "small":
         config.method.ema_decay_max = 0.98
-        config.batch.labeled = 16 if variant["data"] == "digits" else 64
+        config.batch.labeled = 16 if variant["data"] == "digits" else 32
+        if variant["data"] != "digits":
+            config.method.mixup = 0.0
         config.next = (
             "compare with DMT: python -m jaxssl.main "
             f"--config=configs/dmt_cifar10.py:{arg} --workdir=/tmp/dmt",

@@ -374,8 +374,7 @@ def cifar10(variant: Mapping[str, str | None]) -> Config:
     if variant["data"] == "digits":
         use_digits(config, variant["labels"])
     elif variant["network"] == "small":
-        use_few_updates(config)
-        config.batch.update(labeled=16, unlabeled=48)
+        use_few_updates(config, 1000, 3000)
     return config
 
 
@@ -710,22 +709,24 @@ def use_digits(config: Config, labels: str | None) -> None:
     """
     with config.unlocked():
         config.data.update(name="digits", root="", size=8, split=labels or "50", validation=0)
-    use_few_updates(config)
+    use_few_updates(config, 400, 1000)
     config.crop = (8, 8)
-    config.batch.update(labeled=8, unlabeled=24)
     config.augment.update(flip=False, pad=1, cutout=2)
     config.eval.batch = 120
 
 
-def use_few_updates(config: Config) -> None:
-    """Swaps in a small network and as many updates as a CPU does on small images in minutes. A
+def use_few_updates(config: Config, warmup: int, steps: int) -> None:
+    """Swaps in a small network, few images a step and as many steps as a CPU does in minutes. A
     phase is evaluated at its end, and best is what is last.
 
     Args:
       config: is changed; of `cifar10`.
+      warmup: updates on labels alone.
+      steps: updates of the method; of the last round, where there are rounds.
     """
     use_small(config)
-    config.update(warmup=400, steps=1000, epochs=None)
+    config.update(warmup=warmup, steps=steps, epochs=None)
+    config.batch.update(labeled=8, unlabeled=24)
     config.eval.every = 0
     config.checkpoint.every = 200
     config.log.every = 20

@@ -318,18 +318,18 @@ def test_labels_of_cifar10_alone_have_the_updates_that_dmt_begins_with(arg, upda
 
 
 @pytest.mark.parametrize(
-    ("arg", "data", "labels"),
+    ("arg", "data", "labels", "updates"),
     [
-        ("digits", "digits", "50"),
-        ("digits,20", "digits", "20"),
-        ("small,250", "cifar10", "250"),
-        ("fashion,1000,small", "mnist", "1000"),
+        ("digits", "digits", "50", (400, 1000)),
+        ("digits,20", "digits", "20", (400, 1000)),
+        ("small,250", "cifar10", "250", (1000, 3000)),
+        ("fashion,1000,small", "mnist", "1000", (1000, 3000)),
     ],
 )
-def test_data_of_small_networks_are_the_same_for_all_methods(arg, data, labels):
+def test_data_of_small_networks_are_the_same_for_all_methods(arg, data, labels, updates):
     first, *others = (get_config(name, arg).to_dict() for name in CIFAR10)
     assert (first["data"]["name"], first["data"]["split"]) == (data, labels)
-    assert (first["warmup"], first["steps"], first["model"]["depth"]) == (400, 1000, 10)
+    assert ((first["warmup"], first["steps"]), first["model"]["depth"]) == (updates, 10)
     for config in others:
         for key in ("data", "model", "optimizer", "crop", "warmup", "steps", "eval"):
             assert config[key] == first[key]
