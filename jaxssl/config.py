@@ -374,7 +374,7 @@ def cifar10(variant: Mapping[str, str | None]) -> Config:
     if variant["data"] == "digits":
         use_digits(config, variant["labels"])
     elif variant["network"] == "small":
-        use_few_updates(config, 1000, 3000)
+        use_few_updates(config, 3000, 3000)
     return config
 
 
