@@ -374,7 +374,7 @@ def cifar10(variant: Mapping[str, str | None]) -> Config:
     if variant["data"] == "digits":
         use_digits(config, variant["labels"])
     elif variant["network"] == "small":
-        use_few_updates(config, 3000, 3000)
+        use_few_updates(config, 3000, 1000)
     return config
 
 
@@ -478,6 +478,7 @@ def dmt_images(**changes: Any) -> Config:
             "weight": "dynamic",
             "mixup": 0.75,
             "labeled_by": "best",
+            "restart": True,
             "oracle_epochs": 300.0,
             "supervised_rate": 0.2,
             "ema_decay_max": 0.999,

@@ -184,6 +184,14 @@ def test_a_network_begins_anew_from_labels_of_the_round_before(labeled_by):
         )
 
 
+@pytest.mark.parametrize("labeled_by", ["best", "last"])
+def test_a_network_may_go_on_from_the_weights_that_labeled(labeled_by):
+    found = dmt_images.Method(restart=False, labeled_by=labeled_by).phases(plan())
+    for before, phase in itertools.pairwise(found):
+        assert phase.start == {"a": Weights(before.name, "a", labeled_by)}
+        assert (phase.reinitialize, phase.optimizer) == ((), "fresh")
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [("top", [0.2, 0.0]), ("balanced", [0.1, 0.1]), ("aligned", [0.05, 0.15])],

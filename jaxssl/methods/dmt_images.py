@@ -64,6 +64,8 @@ class Method(supervised.TeacherStudent):
       weight: as of `dmt.Method`; "none" is Curriculum Labeling, without the second pass.
       mixup: alpha of mixup, 0 for none.
       labeled_by: the "best" weights of the round before or its "last" (released).
+      restart: whether a round trains a new network, or goes on with the one that labeled, as DMT
+        does for segmentation: at a few thousand updates new ones know less than what teaches them.
       oracle_epochs: as of `dmt.Method`; 300 on CIFAR-10.
       supervised_rate: learning rate while learning from labels alone, .2 on CIFAR-10; None takes
         the config's.
@@ -81,6 +83,7 @@ class Method(supervised.TeacherStudent):
     weight: dmt.Weight = "dynamic"
     mixup: NonNegative = 0.75
     labeled_by: Literal["best", "last"] = "best"
+    restart: bool = True
     oracle_epochs: Positive = 300.0
     supervised_rate: Positive | None = None
     ema_decay_max: Share = 0.999
@@ -152,7 +155,7 @@ class Method(supervised.TeacherStudent):
         return loss, aux._replace(metrics={"loss_mixed": (loss, jnp.ones(())), **metrics})
 
     def _round(self, plan: Plan, number: int, ratio: float, before: Phase) -> Phase:
-        """A new network learns from what the last one labeled."""
+        """A network learns from what that of the last round labeled."""
         kept, batch = math.ceil(ratio * plan.sizes["unlabeled"]), plan.batch["unlabeled"]
         if kept < batch:
             raise UserError(
@@ -172,7 +175,8 @@ class Method(supervised.TeacherStudent):
             max(1, round(ratio * plan.main_steps("unlabeled"))),
             self.students,
             plan.streams(labeling),
-            reinitialize=self.students,
+            start={} if self.restart else {"a": Weights(before.name, "a", self.labeled_by)},
+            reinitialize=self.students if self.restart else (),
         )
 
     def _taught(
