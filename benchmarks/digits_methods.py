@@ -9,8 +9,8 @@ Options and files are those of streets_methods.py. A seed chooses the labeled im
 initialization and the order of the batches, so differences to "supervised" of the same seed are
 paired. Scores are accuracy in percent on the 360 validation images, or the 10000 test images of
 Fashion-MNIST, after the last update, of the network that the method reports: the average of what
-was trained, in every row. Updates are those of all phases; those of DMT and Curriculum Labeling
-begin anew in each of five rounds.
+was trained, in every row. Updates are those of all phases. In each of five rounds DMT
+and Curriculum Labeling train a new network on digits, and go on with the last one on Fashion-MNIST.
 """
 
 from __future__ import annotations
